@@ -1,0 +1,1 @@
+"""Measurements of torch_flash2 beside its peers: `python -m benchmarks --help`."""

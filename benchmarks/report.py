@@ -1,0 +1,282 @@
+"""Tables and charts, from the CSV files alone: `python -m benchmarks report FOLDER`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .chart import Line, Panel, chart
+from .results import COLUMNS, RATIO_COLUMNS, Row, Table
+
+GRIDS = ("forward", "backward")
+_BLOCK = "<!-- benchmarks:{0} -->", "<!-- /benchmarks:{0} -->"
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers; NaN of none."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def _unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _mask(row: Row) -> str:
+    return "causal" if row["causal"] == "1" else "full"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first two columns are words, the others numbers."""
+    rule = ["---" if i < 2 else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def _provenance(rows: list[Row]) -> str:
+    """Where and when the numbers were measured."""
+    versions = _unique(
+        f"{r['device']}, driver {r['driver'] or '-'}, torch {r['torch']}, "
+        f"Triton {r['triton'] or '-'}, commit {r['commit']}, {r['date']}"
+        for r in rows
+    )
+    return "Measured on " + "; ".join(versions) + "."
+
+
+def _find(ratios: list[Row], row: Row, kind: str, **more: str) -> list[Row]:
+    """The ratio rows of one kind on the measurement that `row` is of."""
+    wanted = {k: row[k] for k in ("suite", "case", "direction", "dtype", "provider")} | more
+    return [r for r in ratios if r["kind"] == kind and all(r[k] == v for k, v in wanted.items())]
+
+
+def grid_table(rows: list[Row]) -> str:
+    """TFLOP/s: a line for each dtype, head dim, mask and provider, a column for each length."""
+    seqlens = sorted({int(row["seqlen"]) for row in rows})
+    lines: dict[tuple[str, str], dict[int, str]] = {}
+    for row in sorted(rows, key=lambda r: (r["dtype"], int(r["head_dim"]), r["causal"])):
+        what = f"{row['dtype']}, D {row['head_dim']}, {_mask(row)}"
+        cells = lines.setdefault((what, row["provider"]), {})
+        cells[int(row["seqlen"])] = f"{float(row['tflops']):.0f}"
+    return _table(
+        ["TFLOP/s", "provider", *map(str, seqlens)],
+        [[*key, *(cells.get(n, "-") for n in seqlens)] for key, cells in lines.items()],
+    )
+
+
+def grid_means(ratios: list[Row]) -> list[list[str]]:
+    """Geometric means of the speed over each peer: by head dim and mask, then over all."""
+    speeds = [row for row in ratios if row["kind"] == "speed"]
+    lines = []
+    for provider, versus in dict.fromkeys((r["provider"], r["versus"]) for r in speeds):
+        pair = [r for r in speeds if (r["provider"], r["versus"]) == (provider, versus)]
+        for dtype in _unique(r["dtype"] for r in pair):
+            typed = [r for r in pair if r["dtype"] == dtype]
+            cells = [
+                geometric_mean(
+                    float(r["value"])
+                    for r in typed
+                    if (r["head_dim"], r["causal"]) == (dim, causal)
+                )
+                for dim in ("64", "128", "256")
+                for causal in ("0", "1")
+            ]
+            mean = geometric_mean(float(r["value"]) for r in typed)
+            shown = ["-" if math.isnan(cell) else f"{cell:.2f}" for cell in cells]
+            lines.append([f"{provider} ({dtype})", versus, *shown, f"{mean:.3f}", str(len(typed))])
+    return lines
+
+
+def grid_means_table(ratios: list[Row]) -> str:
+    columns = [f"D {dim} {mask}" for dim in (64, 128, 256) for mask in ("full", "causal")]
+    return _table(["times as fast", "as", *columns, "all", "cases"], grid_means(ratios))
+
+
+def feature_table(rows: list[Row], ratios: list[Row]) -> str:
+    """One line for each case and provider, forward and backward beside each other."""
+    lines = []
+    for case, provider in dict.fromkeys((r["case"], r["provider"]) for r in rows):
+        cells = []
+        for direction in GRIDS:
+            found = [
+                r
+                for r in rows
+                if (r["case"], r["provider"], r["direction"]) == (case, provider, direction)
+            ]
+            if not found:
+                cells += ["-"] * 3
+                continue
+            cost = _find(ratios, found[0], "cost")
+            speed = _find(ratios, found[0] | {"provider": "torch_flash2"}, "speed", versus=provider)
+            cells.append(f"{float(found[0]['ms']):.3f}")
+            cells.append(f"{float(cost[0]['value']):.2f}" if cost else "-")
+            cells.append(f"{float(speed[0]['value']):.2f}" if speed else "-")
+        lines.append([case, provider, *cells])
+    header = ["case", "provider"]
+    for direction in GRIDS:
+        header += [f"{direction} ms", "times its base", "torch_flash2 is faster by"]
+    return _table(header, lines)
+
+
+def error_table(ratios: list[Row]) -> str:
+    """Relative errors against float64 of the fp32 cases; empty where there are none."""
+    errors = [r for r in ratios if r["kind"] == "error" and r["dtype"] == "fp32"]
+    if not errors:
+        return ""
+    names = _unique(r["versus"] for r in errors)
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in errors:
+        cells = lines.setdefault((f"{row['case']} {row['direction']}", row["provider"]), {})
+        cells[row["versus"]] = row["value"]
+    return _table(
+        ["relative error", "provider", *names],
+        [[*key, *(cells.get(name, "-") for name in names)] for key, cells in lines.items()],
+    )
+
+
+def memory_table(rows: list[Row]) -> str:
+    """Peak memory of a forward and a backward over the length; an estimate is marked as one."""
+    seqlens = sorted({int(row["seqlen"]) for row in rows})
+    lines: dict[str, dict[int, str]] = {}
+    for row in rows:
+        provider, _, estimate = row["provider"].partition(":estimate")
+        shown = f"{float(row['peak_mib']):,.0f}" if row["peak_mib"] else "-"
+        if row["provider"].endswith(":estimate"):
+            shown = f"({shown})"
+        lines.setdefault(provider, {})[int(row["seqlen"])] = shown
+    return _table(
+        ["MiB", "", *map(str, seqlens)],
+        [[name, "", *(cells.get(n, "-") for n in seqlens)] for name, cells in lines.items()],
+    )
+
+
+def refusals(ratios: list[Row]) -> list[str]:
+    """Who could not run what, and why: one line for each reason."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in ratios:
+        if row["kind"] == "refused":
+            where = f"{row['case']} {row['direction']}"
+            lines.setdefault((row["provider"], row["note"]), []).append(where)
+    return [
+        f"{who} on {', '.join(cases[:2])}"
+        + (f" and {len(cases) - 2} more" if len(cases) > 2 else "")
+        + f": {why}"
+        for (who, why), cases in lines.items()
+    ]
+
+
+def console(rows: list[Row], ratios: list[Row]) -> str:
+    """All of a run in a few thousand characters: the means last."""
+    lines: list[str] = []
+    for case, direction in dict.fromkeys((r["case"], r["direction"]) for r in rows):
+        cells = []
+        for row in rows:
+            if (row["case"], row["direction"]) != (case, direction):
+                continue
+            shown = f"{row['provider']} {float(row['ms'] or 0):.3f}ms"
+            shown += f" {float(row['tflops'] or 0):.0f}TF"
+            shown += f" {row['peak_mib']}MiB" if row["suite"] == "memory" else ""
+            shown += "".join(f" cost {r['value']}" for r in _find(ratios, row, "cost"))
+            for speed in _find(ratios, row, "speed"):
+                shown += f" x{speed['value']}[{speed['low']},{speed['high']}]/{speed['versus']}"
+            if row["dtype"] == "fp32":
+                shown += "".join(
+                    f" {r['versus']}:{r['value']}" for r in _find(ratios, row, "error")
+                )
+            cells.append(shown)
+        lines.append(f"{case} {direction}: " + " | ".join(cells))
+    lines += [f"not run: {line}" for line in refusals(ratios)]
+    if {row["suite"] for row in rows} & set(GRIDS):
+        lines.append("geometric means of speed: D 64 full, causal, D 128 .., D 256 .., all, cases")
+        lines += [
+            f"{who} / {versus}: {' '.join(cells)}" for who, versus, *cells in grid_means(ratios)
+        ]
+    return "\n".join(lines)
+
+
+def charts(rows: list[Row]) -> dict[str, str]:
+    """An SVG for each dtype and head dim of a grid: TFLOP/s over the length, full and causal."""
+    drawn = {}
+    for dtype, dim in dict.fromkeys((r["dtype"], r["head_dim"]) for r in rows):
+        panels: list[Panel] = []
+        for causal, name in (("0", "full"), ("1", "causal")):
+            lines: dict[str, Line] = {}
+            for row in rows:
+                if (row["dtype"], row["head_dim"], row["causal"]) == (dtype, dim, causal):
+                    line = lines.setdefault(row["provider"], (row["provider"], []))
+                    line[1].append((float(row["seqlen"]), float(row["tflops"])))
+            if lines:
+                panels.append((name, list(lines.values())))
+        suite = rows[0]["suite"]
+        title = f"{suite}, {dtype}, head dim {dim}, {rows[0]['device']}"
+        drawn[f"{suite}_{dtype}_d{dim}.svg"] = chart(
+            title, "TFLOP/s over the sequence length", panels
+        )
+    return drawn
+
+
+def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Markdown by the name of a README block, and SVG by file name.
+
+    Raises:
+        ValueError: the folder has no results.
+    """
+    texts: dict[str, str] = {}
+    drawings: dict[str, str] = {}
+    for path in sorted(folder.glob("*.csv")):
+        if path.stem.endswith("_ratios"):
+            continue
+        rows = Table(path, COLUMNS).rows()
+        ratios = Table(folder / f"{path.stem}_ratios.csv", RATIO_COLUMNS).rows()
+        if not rows:
+            continue
+        source = _provenance(rows)
+        if path.stem in GRIDS:
+            texts[path.stem] = f"{grid_table(rows)}\n\n{source}"
+            texts[f"{path.stem}-ratios"] = f"{grid_means_table(ratios)}\n\n{source}"
+            drawings |= charts(rows)
+        elif path.stem == "memory":
+            texts[path.stem] = (
+                f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
+            )
+        else:
+            tables = filter(None, (feature_table(rows, ratios), error_table(ratios)))
+            texts[path.stem] = "\n\n".join([*tables, source])
+        if refused := refusals(ratios):
+            texts[f"{path.stem}-refused"] = "\n".join(f"- {line}" for line in refused)
+    if not texts:
+        raise ValueError(f"{folder} has no results: run `python -m benchmarks --suite ...` first")
+    return texts, drawings
+
+
+def fill(readme: str, texts: dict[str, str]) -> str:
+    """The text with each <!-- benchmarks:NAME --> block's content replaced.
+
+    Raises:
+        ValueError: a block names no table, or does not end.
+    """
+    for name in re.findall(r"<!-- benchmarks:(\S+) -->", readme):
+        start, end = (mark.format(name) for mark in _BLOCK)
+        if name not in texts:
+            raise ValueError(f"{start} names no table; there are {', '.join(texts)}")
+        before, _, rest = readme.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{start} has no {end}")
+        readme = f"{before}{start}\n{texts[name]}\n{end}{after}"
+    return readme
+
+
+def write(folder: Path, readme: Path | None) -> None:
+    """Write report.md and the SVGs into the folder, and fill the README's blocks."""
+    texts, drawings = sections(folder)
+    parts = ["# Measurements", "Made by `python -m benchmarks report` from the CSV files here."]
+    for name, text in texts.items():
+        parts += [f"## {name}", text]
+        parts += [f"![{file}]({file})" for file in drawings if file.startswith(f"{name}_")]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    for file, drawing in drawings.items():
+        (folder / file).write_text(drawing)
+    if readme is not None:
+        readme.write_text(fill(readme.read_text(), texts))
+    print(f"wrote {folder / 'report.md'} and {len(drawings)} charts")

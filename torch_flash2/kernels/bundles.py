@@ -1,0 +1,186 @@
+"""What kernels receive and hand on: values that belong together, as NamedTuples. An absent feature is None.
+
+Needs neither Triton nor a GPU. CAPS are compile-time. B segments, H query heads, M query rows, N keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Strided(NamedTuple):
+    """A tensor [batch, head, row, col] by its pointer and strides in elements; `cols` is the size of the last dimension."""
+
+    ptr: Any
+    batch: int
+    head: int
+    row: int
+    col: int
+    cols: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Strided:
+        """A tensor of up to 4 dimensions, [batch, head, row, col] from the right; stride 0 wherever its size is 1."""
+        missing = [0] * (4 - tensor.dim())
+        strides = [0 if n == 1 else s for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
+        return cls(tensor, *missing, *strides, tensor.shape[-1] if tensor.dim() else 1)  # type: ignore[arg-type]
+
+
+class Spans(NamedTuple):
+    """Lengths on the device, int32: cumulative starts [B + 1] and used lengths [B]."""
+
+    cu_q: torch.Tensor | None
+    cu_k: torch.Tensor | None
+    used_q: torch.Tensor | None
+    used_k: torch.Tensor | None
+
+
+class Sizes(NamedTuple):
+    """Segments, query heads, query heads per key head, rows and keys of the tensors as stored."""
+
+    B: Any
+    H: Any
+    group: Any
+    M: Any
+    N: Any
+
+    @classmethod
+    def coded(cls, *sizes: int) -> Sizes:
+        """Sizes for a launch, which kernels read through `tiles.sizes_of`.
+
+        Triton compiles anew for an integer that is 1 or a multiple of 16, inside tuples whatever do_not_specialize says (seen in 3.6 and
+        3.7). No size may decide what is compiled, so each travels as 2 * size + 3, which is neither.
+        """
+        return cls(*(2 * size + 3 for size in sizes))
+
+
+class Rules(NamedTuple):
+    """What decides which scores exist: the numbers of each band, and a dense bool mask."""
+
+    numbers: tuple[tuple[int, ...], ...]
+    dense: Strided | None
+
+
+class Scoring(NamedTuple):
+    """What turns products into probabilities: the softmax scale; dropout's threshold and 1 / (1 - p)."""
+
+    scale: float
+    threshold: int
+    inverse_keep: float
+
+
+class Operands(NamedTuple):
+    """The operand of each score step, sinks [H] and dropout's seed [2]."""
+
+    steps: tuple[Any, ...]
+    sinks: torch.Tensor | None
+    seed: torch.Tensor | None
+
+
+class Mode(NamedTuple):
+    """Compile-time numbers: tile sizes, whether the bands bound keys on the left, alignment, precision of products, whether
+    offsets inside a tile need 64 bits, and whether several query heads share a key head."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    LEFT: bool
+    BOTTOM_RIGHT: bool
+    PRECISION: str
+    WIDE: bool
+    GROUPED: bool
+
+
+class Steps(NamedTuple):
+    """Compile-time functions: of the bands, and of the score steps."""
+
+    KEYS: tuple[Any, ...]
+    QUERIES: tuple[Any, ...]
+    PREPARE: tuple[Any, ...]
+    VALUE: tuple[Any, ...]
+    SLOPE: tuple[Any, ...]
+
+    @property
+    def cache_key(self) -> str:
+        """Triton keys its disk cache on this; without it, on the functions' names alone, and an edited band would run stale."""
+        return "-".join(str(function.cache_key) for functions in self for function in functions)
+
+
+# Inside kernels.
+
+
+class Rows(NamedTuple):
+    """The rows of one segment: a Strided or a TMA descriptor, and where the segment starts in it."""
+
+    x: Any
+    batch: Any
+    head: Any
+    start: Any
+
+
+class Queries(NamedTuple):
+    """What streams past a tile of keys: queries, output gradients and row statistics, and where the segment starts in them."""
+
+    q: Any
+    grad_out: Any
+    lse: Any
+    delta: Any
+    batch_q: Any
+    start_q: Any
+    start_k: Any
+
+
+class Place(NamedTuple):
+    """Where a tile of query rows lies: its first row in the segment, the segment's batch entry, start and stored rows in the query,
+    and its batch entry and start in the keys."""
+
+    row: Any
+    batch_q: Any
+    start_q: Any
+    stored: Any
+    batch_k: Any
+    start_k: Any
+
+
+class Tile(NamedTuple):
+    """A tile's fixed side: its positions and the first of them, the interval that each sees, the segment's shift, rows and keys."""
+
+    at: Any
+    first: Any
+    lo: Any
+    hi: Any
+    shift: Any
+    M: Any
+    N: Any
+
+
+class Span(NamedTuple):
+    """The moving side of the loop: [start, stop) is visited, [full_start, full_stop) needs no mask."""
+
+    start: Any
+    full_start: Any
+    full_stop: Any
+    stop: Any
+
+
+class Head(NamedTuple):
+    """What all tiles of one head of one segment share: the softmax scale, the factor from scores to log2 units, the steps' prepared
+    operands, Dropout or None, and the dense mask's (pointer, row stride, col stride) or None."""
+
+    scale: Any
+    scale2: Any
+    steps: Any
+    dropout: Any
+    dense: Any
+
+
+class Dropout(NamedTuple):
+    """Philox key, the counter's segment and head, and the threshold."""
+
+    key: Any
+    b: Any
+    h: Any
+    threshold: Any

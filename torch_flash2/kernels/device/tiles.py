@@ -1,0 +1,162 @@
+"""Where a program works and how it loads rows: shared by the portable kernels, forward and backward.
+
+B segments, H query heads, M query rows, N keys, D head dim. A "place" of a tensor is (batch, head, start): where its segment begins.
+"""
+
+import triton
+import triton.language as tl
+
+from ..bundles import Sizes
+
+
+@triton.jit
+def sizes_of(coded):
+    """The sizes behind a launch's `Sizes.coded`."""
+    return Sizes((coded.B - 3) // 2, (coded.H - 3) // 2, (coded.group - 3) // 2, (coded.M - 3) // 2, (coded.N - 3) // 2)
+
+
+@triton.jit
+def tile_count(cu, B, length, BLOCK: tl.constexpr):
+    """How many tiles of BLOCK rows the grid has for each head and (unless packed) batch entry.
+
+    Packed: segment b owns the tiles from cu[b] // BLOCK + b on, which is always enough for it, and no length is read by the host;
+    one more pseudo-segment B holds the rows after the last document.
+    """
+    if cu is None:
+        return tl.cdiv(length, BLOCK)
+    else:
+        return length // BLOCK + B + 1
+
+
+@triton.jit
+def _find_segment(cu, B, tile, BLOCK: tl.constexpr):
+    """The last segment b of 0 .. B whose first tile is not after `tile`, by bisection."""
+    low = 0
+    high = B
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu + middle) // BLOCK + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def locate(pid, cu, B, heads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Tile, head and segment of a program. LAST_FIRST: of rows, the last tiles are the longest under a causal mask."""
+    tiles = tile_count(cu, B, length, BLOCK)
+    tile = pid % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    rest = pid // tiles
+    head = rest % heads
+    if cu is None:
+        b = rest // heads
+    else:
+        b = _find_segment(cu, B, tile, BLOCK)
+        tile -= tl.load(cu + b) // BLOCK + b
+    return tile, head, b
+
+
+@triton.jit
+def extent(b, cu, used, B, length):
+    """(batch, start, stored, used): where segment b lies in the tensor, how many rows are stored there, how many count.
+
+    Clamped to the tensor, so that no bad length reads outside it.
+    """
+    if cu is None:
+        batch = b
+        start = b * 0
+        stored = length
+        count = length
+    else:
+        batch = b * 0
+        start = tl.minimum(tl.maximum(tl.load(cu + b), 0), length)
+        end = tl.where(b < B, tl.load(cu + tl.minimum(b + 1, B)), length)
+        stored = tl.maximum(tl.minimum(end, length) - start, 0)
+        count = tl.where(b < B, stored, 0)
+    if used is not None:
+        count = tl.minimum(tl.maximum(tl.load(used + tl.minimum(b, B - 1)), 0), count)
+    return batch, start, stored, count
+
+
+@triton.jit
+def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """Rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's are 0, and rows past limit where CHECK."""
+    x = rows.x
+    r = tl.arange(0, BLOCK)
+    if isinstance(x, tl.tensor_descriptor):
+        tile = x.load([rows.batch, rows.head, rows.start + row, 0]).reshape(BLOCK, COLS)
+        if CHECK:
+            tile = tl.where((row + r < limit)[:, None], tile, 0.0)
+    else:
+        c = tl.arange(0, COLS)
+        if WIDE:
+            offsets = r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col
+        else:
+            offsets = r[:, None] * x.row + c[None, :] * x.col
+        inside = (c < x.cols)[None, :]
+        if CHECK:
+            inside = (row + r < limit)[:, None] & inside
+        tile = tl.load(_base(rows, row) + offsets, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(rows, row, limit, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
+    """Store [BLOCK, COLS] as rows row .. row + BLOCK of a segment, those below limit."""
+    x = rows.x
+    r = tl.arange(0, BLOCK)
+    c = tl.arange(0, COLS)
+    inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
+    tl.store(_base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col), tile.to(x.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr):
+    """Columns column .. column + COLS of rows row .. row + BLOCK of a segment, by pointer; 0 outside."""
+    x = rows.x
+    r = tl.arange(0, BLOCK)
+    c = column + tl.arange(0, COLS)
+    inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
+    return tl.load(_base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_columns(rows, row, limit, column, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
+    """Store [BLOCK, COLS] at columns column .. column + COLS of rows row .. row + BLOCK, those below limit."""
+    x = rows.x
+    r = tl.arange(0, BLOCK)
+    c = column + tl.arange(0, COLS)
+    inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
+    tl.store(_base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col), tile.to(x.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _base(rows, row):
+    """Pointer to a row of a segment, in 64 bits."""
+    x = rows.x
+    at = tl.cast(rows.start + row, tl.int64) * x.row
+    return x.ptr + (tl.cast(rows.batch, tl.int64) * x.batch + tl.cast(rows.head, tl.int64) * x.head + at)
+
+
+@triton.jit
+def dense_at(x, batch, head, start_m, start_n):
+    """(pointer, row stride, col stride) of a [B, H, M, N] tensor at the corner of a segment."""
+    at = tl.cast(batch, tl.int64) * x.batch + tl.cast(head, tl.int64) * x.head
+    at += tl.cast(start_m, tl.int64) * x.row + tl.cast(start_n, tl.int64) * x.col
+    return x.ptr + at, x.row, x.col
+
+
+@triton.jit
+def load_at(at, m, n, inside):
+    """Elements (m, n) of a tensor that `dense_at` describes; 0 outside."""
+    return tl.load(at[0] + (m.to(tl.int64) * at[1] + n.to(tl.int64) * at[2]), mask=inside, other=0)
+
+
+@triton.jit
+def finite(tile):
+    """The tile with 0 in place of NaN and infinities, and where those were."""
+    good = tl.abs(tile.to(tl.float32)) < float("inf")
+    return tl.where(good, tile, 0.0), ~good

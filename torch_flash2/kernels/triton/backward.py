@@ -1,0 +1,369 @@
+"""The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic, no atomics.
+
+B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+With P the probabilities and delta = rowsum(dO * O) - dLSE: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q
+(Dao et al. 2022, arXiv 2205.14135, appendix B.4). Scores are recomputed in both kernels; nothing of size M * N is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ...problem import Call, Gradients, Problem, Saved
+from ..bundles import Dropout, Head, Queries, Rows, Sizes, Strided, Tile
+from ..device import bands, philox, scores, tiles
+from . import bias_gradient, launching, tables
+from .common import load_lse2, query_tile, score_gradient, visible_keys
+from .tables import BackwardConfig
+
+
+@triton.jit
+def backward_delta(out, grad_out, lse_ptr, grad_lse_ptr, delta_ptr, coded_sizes, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """delta = rowsum(dO * O) - dLSE for one tile of rows; 0 for a row that sees no key."""
+    sizes = tiles.sizes_of(coded_sizes)
+    count = tl.cdiv(sizes.M, BLOCK_M)
+    row = tl.program_id(0) % count * BLOCK_M
+    bh = tl.program_id(0) // count
+    m = row + tl.arange(0, BLOCK_M)
+    o = tiles.load_rows(Rows(out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True)
+    do = tiles.load_rows(Rows(grad_out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    at = tl.cast(bh, tl.int64) * sizes.M + m
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + at, mask=m < sizes.M, other=0.0)
+    seen = tl.load(lse_ptr + at, mask=m < sizes.M, other=0.0) != -float("inf")
+    tl.store(delta_ptr + at, tl.where(seen, delta, 0.0), mask=m < sizes.M)
+
+
+@triton.jit
+def _accumulate_keys(
+    dk, dv, k, v, inputs, hk, b, tile, span, sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dK (before the scale) and dV of a tile of keys, over the query tiles of a span that need a mask (MASKED) or need none.
+
+    One loop runs over the tiles of all query heads of the group, so that loads are pipelined across heads.
+    """
+    if MASKED:
+        count = bands.masked_tiles(span, MODE.BLOCK_M)
+    else:
+        count = (span.full_stop - span.full_start) // MODE.BLOCK_M
+    n = tile.at
+    segment = tl.minimum(b, sizes.B - 1)
+    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
+    for i in tl.range(0, count * sizes.group if MODE.GROUPED else count):
+        h = hk
+        j = i
+        if MODE.GROUPED:
+            h = hk * sizes.group + i // count
+            j = i % count
+        if MASKED:
+            m0 = bands.masked_tile(span, j, MODE.BLOCK_M)
+        else:
+            m0 = span.full_start + j * MODE.BLOCK_M
+        dropout = None
+        if operands.seed is not None:
+            dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
+        dense = None
+        if rules.dense is not None:
+            dense = tiles.dense_at(rules.dense, segment, h, inputs.start_q, inputs.start_k)
+        steps = scores.prepare(operands.steps, segment, h, inputs.start_q, inputs.start_k, STEPS)
+        head = Head(scoring.scale, scale2, steps, dropout, dense)
+        m = m0 + tl.arange(0, MODE.BLOCK_M)
+        q_rows = Rows(inputs.q, inputs.batch_q, h, inputs.start_q)
+        do_rows = Rows(inputs.grad_out, inputs.batch_q, h, inputs.start_q)
+        q = tiles.load_rows(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE)
+        do = tiles.load_rows(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE.WIDE)
+        row = tl.cast(inputs.batch_q * sizes.H + h, tl.int64) * sizes.M + inputs.start_q
+        lse2 = load_lse2(inputs.lse + row, m, tile.M)
+        delta = tl.load(inputs.delta + row + m, mask=m < tile.M, other=0.0)
+        # Transposed tiles [BLOCK_N, BLOCK_M]: P and dS are the left operands of both products.
+        s = tl.dot(k, q.T, input_precision=MODE.PRECISION)
+        inside = (m < tile.M)[None, :] & (n < tile.N)[:, None]
+        s, slope = score_gradient(s, m[None, :], n[:, None], tile.shift, inside, head, STEPS)
+        p = tl.exp2(s * head.scale2 - lse2[None, :])
+        if MASKED:
+            visible = (m[None, :] < tile.hi[:, None]) & (m[None, :] >= tile.lo[:, None])
+            if head.dense is not None:
+                visible = visible & (tiles.load_at(head.dense, m[None, :], n[:, None], visible & inside) != 0)
+            p = tl.where(visible, p, 0.0)
+        dp = tl.dot(v, do.T, input_precision=MODE.PRECISION)
+        if head.dropout is not None:
+            kept = philox.keep_tile(head.dropout, m, tile.first, MODE.BLOCK_M, MODE.BLOCK_N).T
+            dv = tl.dot(tl.where(kept, p, 0.0).to(do.dtype), do, dv, input_precision=MODE.PRECISION)
+            dp = tl.where(kept, dp * scoring.inverse_keep, 0.0)
+        else:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=MODE.PRECISION)
+        ds = p * (dp - delta[None, :]) * slope
+        if MASKED:
+            # A masked value may be NaN, and 0 * NaN is NaN.
+            ds = tl.where(visible, ds, 0.0)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=MODE.PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def backward_keys(
+    q, k, v, grad_out, lse_ptr, delta_ptr, grad_k, grad_v, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys of one key/value head, summed over the query heads of its group."""
+    BLOCK_N: tl.constexpr = MODE.BLOCK_N
+    BLOCK_D: tl.constexpr = MODE.BLOCK_D
+    BLOCK_DV: tl.constexpr = MODE.BLOCK_DV
+    QUERIES: tl.constexpr = STEPS.QUERIES
+    sizes = tiles.sizes_of(coded_sizes)
+    # Where this program works: tiles from the first on, since under a causal mask those have most rows.
+    index, hk, b = tiles.locate(tl.program_id(0), spans.cu_k, sizes.B, sizes.H // sizes.group, sizes.N, BLOCK_N, False)
+    batch_q, start_q, _, used_q = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
+    batch_k, start_k, stored, used_k = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
+    n0 = index * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
+    shift = used_k - used_q if MODE.BOTTOM_RIGHT else used_k * 0
+    # Which rows see its keys; keys past the end count as the last one, so that they widen nothing.
+    lo, hi = bands.intersect(tl.minimum(n, used_k - 1), used_q, used_q, used_k, shift, rules.numbers, QUERIES)
+    hi = tl.where(n0 < used_k, hi, lo)
+    if rules.dense is not None:
+        hi = tl.where(n < used_k, hi, lo)
+    span = bands.tile_span(lo, hi, used_q, MODE.BLOCK_M, rules.dense is not None)
+    tile = Tile(n, n0, lo, hi, shift, used_q, used_k)
+
+    # The key and value tiles stay; the loops stream queries and output gradients, head after head of the group.
+    k_tile = tiles.load_rows(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE.WIDE)
+    v_tile = tiles.load_rows(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.WIDE)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    inputs = Queries(q, grad_out, lse_ptr, delta_ptr, batch_q, start_q, start_k)
+    dk, dv = _accumulate_keys(dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True)
+    if rules.dense is None:
+        dk, dv = _accumulate_keys(
+            dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, False
+        )
+    used = (n < used_k)[:, None]
+    dk = tl.where(used, dk * scoring.scale, 0.0)
+    dv = tl.where(used, dv * scoring.inverse_keep, 0.0)
+    tiles.store_rows(Rows(grad_k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N, BLOCK_D)
+    tiles.store_rows(Rows(grad_v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N, BLOCK_DV)
+
+
+@triton.jit
+def _score_gradient(
+    q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """dS [BLOCK_M, BLOCK_N] of a tile of rows and keys n0 .. n0 + BLOCK_N, with respect to scale * product."""
+    m = tile.at
+    n = n0 + tl.arange(0, MODE.BLOCK_N)
+    v = tiles.load_rows(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.WIDE)
+    s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
+    inside = (m < tile.M)[:, None] & (n < tile.N)[None, :]
+    s, slope = score_gradient(s, m[:, None], n[None, :], tile.shift, inside, head, STEPS)
+    p = tl.exp2(s * head.scale2 - lse2[:, None])
+    dp = tl.dot(do, v.T, input_precision=MODE.PRECISION)
+    if head.dropout is not None:
+        kept = philox.keep_tile(head.dropout, m, n0, MODE.BLOCK_M, MODE.BLOCK_N)
+        dp = tl.where(kept, dp * inverse_keep, 0.0)
+    ds = p * (dp - delta[:, None]) * slope
+    if MASKED:
+        # A masked key or value may be NaN, and 0 * NaN is NaN.
+        ds = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), ds, 0.0)
+    return ds
+
+
+@triton.jit
+def _accumulate_carefully(
+    grad, q, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
+    """dQ again where some key is NaN or infinite: keys made finite, and an element NaN only where its row sees one that was not.
+
+    Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
+    """
+    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    for column in tl.range(0, grad.x.cols, 16, num_stages=1):
+        acc = tl.zeros([BLOCK_M, 16], tl.float32)
+        taint = tl.zeros([BLOCK_M, 16], tl.float32)
+        for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
+            k = tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+            ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, scoring.inverse_keep, MODE, STEPS, True)
+            part, bad = tiles.finite(tiles.load_columns(plain, n0, tile.N, column, MODE.BLOCK_N, 16))
+            acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
+            visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
+            taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
+        acc = tl.where(taint > 0, float("nan"), acc * scoring.scale)
+        tiles.store_columns(grad, place.row, tile.M, column, acc, BLOCK_M, 16)
+
+
+@triton.jit
+def _accumulate_queries(
+    dq, q, do, lse2, delta, keys, values, tile, span, head, inverse_keep,
+    MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dQ (before the scale) of a tile of rows, over the key tiles of a span that need a mask (MASKED) or need none."""
+    if MASKED:
+        count = bands.masked_tiles(span, MODE.BLOCK_N)
+    else:
+        count = (span.full_stop - span.full_start) // MODE.BLOCK_N
+    for i in tl.range(0, count):
+        if MASKED:
+            n0 = bands.masked_tile(span, i, MODE.BLOCK_N)
+        else:
+            n0 = span.full_start + i * MODE.BLOCK_N
+        k = tiles.load_rows(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+        ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=MODE.PRECISION)
+    return dq
+
+
+@triton.jit
+def backward_queries(
+    q, k, k_plain, v, grad_out, lse_ptr, delta_ptr, grad_q, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of query rows of one head."""
+    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    BLOCK_D: tl.constexpr = MODE.BLOCK_D
+    sizes = tiles.sizes_of(coded_sizes)
+    h, b, place, tile, span = query_tile(tl.program_id(0), spans, sizes, rules, MODE, STEPS)
+    keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
+    values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
+    segment = tl.minimum(b, sizes.B - 1)
+    steps = scores.prepare(operands.steps, segment, h, place.start_q, place.start_k, STEPS)
+    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
+    dropout = None
+    if operands.seed is not None:
+        dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
+    dense = None
+    if rules.dense is not None:
+        dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
+    head = Head(scoring.scale, scale2, steps, dropout, dense)
+
+    # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
+    q_tile = tiles.load_rows(Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.WIDE)
+    do = tiles.load_rows(Rows(grad_out, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.WIDE)
+    row = tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q
+    lse2 = load_lse2(lse_ptr + row, tile.at, tile.M)
+    delta = tl.load(delta_ptr + row + tile.at, mask=tile.at < tile.M, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = _accumulate_queries(
+        dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
+    )
+    if rules.dense is None:
+        dq = _accumulate_queries(
+            dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, False
+        )
+    used = (tile.at < tile.M)[:, None]
+    dq = tl.where(used, dq * scoring.scale, 0.0)
+    grad = Rows(grad_q, place.batch_q, h, place.start_q)
+    tiles.store_rows(grad, place.row, place.stored, dq, BLOCK_M, BLOCK_D)
+    if len(STEPS.KEYS) > 0 or rules.dense is not None:
+        # NaN here may come from a key that no row of the tile sees.
+        if tl.max(tl.max((dq != dq).to(tl.int32), 1), 0) > 0:
+            plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
+            _accumulate_carefully(grad, q_tile, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE, STEPS)
+
+
+def why_not(problem: Problem) -> Iterator[str]:
+    """Why this kernel cannot run the problem."""
+    return launching.why_not(problem)
+
+
+def config(problem: Problem) -> BackwardConfig:
+    """The measured or nearest configuration."""
+    return tables.backward(problem)
+
+
+def candidates(problem: Problem) -> Iterator[BackwardConfig]:
+    """Configurations worth measuring: each kernel's, beside the other's default."""
+    default = tables.backward(problem)
+    for candidate in tables.sweep(problem):
+        yield default._replace(kv=candidate)
+        yield default._replace(q=candidate)
+
+
+def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -> Gradients:
+    """Run it; each gradient has the shape, dtype and dimension order of its tensor."""
+    out, lse, grad_out, grad_lse, wanted = saved
+    if grad_out is None:
+        grad_out = out.new_zeros(()).expand(out.shape)
+    tensors = (call.query, call.key, call.value, call.bias, call.sinks)
+    found = Gradients(*(torch.empty_like(t) if want and t is not None else None for t, want in zip(tensors, wanted, strict=True)))
+    if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
+        for gradient in found:
+            if gradient is not None:
+                gradient.zero_()
+        return found
+    delta = torch.empty_like(lse)
+    _launch_delta(call, out, lse, grad_out, grad_lse, delta)
+    if wanted[0]:
+        _launch_queries(problem, config.q, call, grad_out, lse, delta, found.query)
+    if wanted[1] or wanted[2]:
+        grad_k = found.key if found.key is not None else torch.empty_like(call.key)
+        grad_v = found.value if found.value is not None else torch.empty_like(call.value)
+        _launch_keys(problem, config.kv, call, grad_out, lse, delta, grad_k, grad_v)
+    if wanted[3]:
+        bias_gradient.launch(problem, config.q, call, grad_out, lse, delta, found.bias)
+    if wanted[4]:
+        assert call.sinks is not None and found.sinks is not None
+        sink = torch.exp(call.sinks.to(torch.float32)[None, :, None] - lse)
+        found.sinks.copy_(-torch.where(lse == -torch.inf, 0.0, sink * delta).sum((0, 2)))
+    return found
+
+
+def _launch_delta(
+    call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, delta: torch.Tensor
+) -> None:
+    B, H, M, Dv = out.shape
+    block_dv = tables.block_dim(Dv)
+    block_m = max(1, min(64, 8192 // block_dv))
+    sizes = Sizes.coded(B, H, 1, M, 0)
+    grad_lse = grad_lse.contiguous() if grad_lse is not None else None
+    arguments = (Strided.of(out), Strided.of(grad_out), lse, grad_lse, delta, sizes, block_m, block_dv)
+    programs = B * H * triton.cdiv(M, block_m)
+    launching.launch(backward_delta, programs, call.query.device, arguments, num_warps=4)
+
+
+def _launch_keys(
+    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
+    grad_k: torch.Tensor, grad_v: torch.Tensor,
+) -> None:  # fmt: skip
+    mode = launching.mode(problem, config)
+    arguments = (
+        launching.load(config, call.query, config.BLOCK_M, mode.BLOCK_D),
+        Strided.of(call.key),
+        Strided.of(call.value),
+        launching.load(config, grad_out, config.BLOCK_M, mode.BLOCK_DV),
+        lse,
+        delta,
+        Strided.of(grad_k),
+        Strided.of(grad_v),
+        *launching.bundle(problem, call),
+        mode,
+        launching.steps(problem),
+    )
+    programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], config.BLOCK_N)
+    launching.launch(backward_keys, programs, call.query.device, arguments, **config.options)
+
+
+def _launch_queries(
+    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
+    grad_q: torch.Tensor | None,
+) -> None:  # fmt: skip
+    assert grad_q is not None
+    mode = launching.mode(problem, config)
+    arguments = (
+        Strided.of(call.query),
+        launching.load(config, call.key, config.BLOCK_N, mode.BLOCK_D),
+        Strided.of(call.key),
+        launching.load(config, call.value, config.BLOCK_N, mode.BLOCK_DV),
+        Strided.of(grad_out),
+        lse,
+        delta,
+        Strided.of(grad_q),
+        *launching.bundle(problem, call),
+        mode,
+        launching.steps(problem),
+    )
+    programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK_M)
+    launching.launch(backward_queries, programs, call.query.device, arguments, **config.options)

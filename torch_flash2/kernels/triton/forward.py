@@ -1,0 +1,181 @@
+"""The portable forward: FlashAttention-2's loop (Dao 2023, arXiv 2307.08691) in Triton, sm80 and up.
+
+B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+One program computes BLOCK_M query rows of one head. Tiles of keys that the bands rule out are never visited; those at an edge of the bands
+are masked (first loop), those inside are not (second loop).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ...problem import Call, Problem
+from ..bundles import Dropout, Head, Rows, Strided
+from ..device import bands, philox, scores, tiles
+from . import launching, tables
+from .common import query_tile, tile_scores, visible_keys
+from .tables import Config
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q, keys, values, tile, span, head,
+    MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the tiles of a span that need a mask (MASKED) or over those that need none.
+
+    row_max is in units of log2, after scale2.
+    """
+    if MASKED:
+        count = bands.masked_tiles(span, MODE.BLOCK_N)
+    else:
+        count = (span.full_stop - span.full_start) // MODE.BLOCK_N
+    for i in tl.range(0, count):
+        if MASKED:
+            n0 = bands.masked_tile(span, i, MODE.BLOCK_N)
+        else:
+            n0 = span.full_start + i * MODE.BLOCK_N
+        n = n0 + tl.arange(0, MODE.BLOCK_N)
+        k = tiles.load_rows(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+        s = tile_scores(q, k, n, tile, head, MODE, STEPS)
+        if MASKED:
+            s = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), s, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * head.scale2)
+        base = new_max
+        if MASKED:
+            # A row that has seen no key keeps -inf as its maximum; subtracting that would give NaN.
+            base = tl.where(new_max == -float("inf"), 0.0, new_max)
+        p = tl.exp2(s * head.scale2 - base[:, None])
+        decay = tl.exp2(row_max - base)
+        row_sum = row_sum * decay + tl.sum(p, 1)
+        row_max = new_max
+        if head.dropout is not None:
+            p = tl.where(philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p, 0.0)
+        v = tiles.load_rows(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.WIDE)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _attend_carefully(out, lse, q, keys, values, place, tile, span, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr):
+    """The output again, given the lse, where some value is NaN or infinite.
+
+    A masked score has weight 0, and 0 * NaN is NaN: values are made finite here, and an element is NaN only where its row sees one that
+    was not. Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
+    """
+    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    lse2 = tl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
+    for column in tl.range(0, out.x.cols, 16, num_stages=1):
+        acc = tl.zeros([BLOCK_M, 16], tl.float32)
+        taint = tl.zeros([BLOCK_M, 16], tl.float32)
+        for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
+            n = n0 + tl.arange(0, MODE.BLOCK_N)
+            k = tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+            visible = visible_keys(tile, n, head.dense, MODE.LEFT)
+            s = tl.where(visible, tile_scores(q, k, n, tile, head, MODE, STEPS), -float("inf"))
+            p = tl.exp2(s * head.scale2 - lse2[:, None])
+            if head.dropout is not None:
+                p = tl.where(philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0)
+            v, bad = tiles.finite(tiles.load_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16))
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
+            taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
+        tiles.store_columns(out, place.row, tile.M, column, tl.where(taint > 0, float("nan"), acc), BLOCK_M, 16)
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one head: out [BLOCK_M, Dv] and lse [BLOCK_M]."""
+    sizes = tiles.sizes_of(coded_sizes)
+    h, b, place, tile, span = query_tile(tl.program_id(0), spans, sizes, rules, MODE, STEPS)
+    keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
+    values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
+    segment = tl.minimum(b, sizes.B - 1)
+    steps = scores.prepare(operands.steps, segment, h, place.start_q, place.start_k, STEPS)
+    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
+    dropout = None
+    if operands.seed is not None:
+        dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
+    dense = None
+    if rules.dense is not None:
+        dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
+    head = Head(scoring.scale, scale2, steps, dropout, dense)
+
+    # The query tile stays; the loops stream keys and values.
+    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    BLOCK_DV: tl.constexpr = MODE.BLOCK_DV
+    q_tile = tiles.load_rows(Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True
+    )
+    if rules.dense is None:
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, False
+        )
+
+    # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
+    none = (row_sum == 0.0) | (tile.at >= tile.M)
+    if operands.sinks is not None:
+        sink = tl.load(operands.sinks + h).to(tl.float32) * scores.LOG2E
+        new_max = tl.maximum(row_max, sink)
+        decay = tl.exp2(row_max - new_max)
+        acc = acc * decay[:, None]
+        row_sum = row_sum * decay + tl.exp2(sink - new_max)
+        row_max = new_max
+    weight = scoring.inverse_keep / tl.where(none, 1.0, row_sum)
+    acc = tl.where(none[:, None], 0.0, acc * weight[:, None])
+    lse = tl.where(none, -float("inf"), (row_max + tl.log2(tl.where(none, 1.0, row_sum))) * scores.LN2)
+    at = lse_ptr + (tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q + tile.at)
+    tl.store(at, lse, mask=tile.at < place.stored)
+    out_rows = Rows(out, place.batch_q, h, place.start_q)
+    tiles.store_rows(out_rows, place.row, place.stored, acc, MODE.BLOCK_M, MODE.BLOCK_DV)
+    if len(STEPS.KEYS) > 0 or rules.dense is not None:
+        # NaN here may come from a value that no row of the tile sees.
+        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+            plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
+            _attend_carefully(out_rows, lse, q_tile, keys, plain, place, tile, span, head, scoring.inverse_keep, MODE, STEPS)
+
+
+def why_not(problem: Problem) -> Iterator[str]:
+    """Why this kernel cannot run the problem."""
+    return launching.why_not(problem)
+
+
+def config(problem: Problem) -> Config:
+    """The measured or nearest configuration."""
+    return tables.forward(problem)
+
+
+def candidates(problem: Problem) -> Iterator[Config]:
+    """Configurations worth measuring."""
+    return tables.forward_candidates(problem)
+
+
+def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run it: out [B, H, M, Dv] in the query's dtype, laid out as B, M, H, Dv; lse fp32 [B, H, M]."""
+    out, lse = launching.outputs(call)
+    if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
+        return out.zero_(), lse.fill_(-torch.inf)
+    mode = launching.mode(problem, config)
+    arguments = (
+        Strided.of(call.query),
+        launching.load(config, call.key, config.BLOCK_N, mode.BLOCK_D),
+        launching.load(config, call.value, config.BLOCK_N, mode.BLOCK_DV),
+        Strided.of(call.value),
+        Strided.of(out),
+        lse,
+        *launching.bundle(problem, call),
+        mode,
+        launching.steps(problem),
+    )
+    programs = launching.programs(call.cu_q, problem.batch, problem.heads, problem.seqlen_q, config.BLOCK_M)
+    launching.launch(attention_forward, programs, call.query.device, arguments, **config.options)
+    return out, lse

@@ -1,0 +1,151 @@
+"""Launching the portable kernels: on a GPU, in Triton's interpreter, or compiled only, for a GPU that is not here.
+
+B batch, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ... import problem as problem_module
+from ... import scores as score_steps
+from ...problem import Call, Problem
+from ..bundles import Mode, Operands, Rules, Scoring, Sizes, Spans, Steps, Strided
+from ..device import bands as device_bands
+from ..device import scores as device_scores
+from .tables import Config, block_dim
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+# Called instead of a launch with (kernel, grid, arguments, options): compile-only tests and tuning set it.
+_instead: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar("torch_flash2_launch", default=None)
+
+
+@contextlib.contextmanager
+def instead(handler: Callable[..., Any]) -> Iterator[None]:
+    """Hand launches in this block to `handler(kernel, grid, arguments, options)`."""
+    token = _instead.set(handler)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
+def launch(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], **options: Any) -> None:
+    """Launch programs of a kernel on a device, which need not be the current one; nothing where there are none."""
+    handler = _instead.get()
+    if handler is not None:
+        handler(kernel, (programs,), arguments, options)
+    elif programs > 0 and device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*arguments, **options)
+    elif programs > 0:
+        kernel[(programs,)](*arguments, **options)
+
+
+def why_not(problem: Problem) -> Iterator[str]:
+    """What no Triton kernel of this folder can run."""
+    hardware = problem.hardware
+    if hardware.type == "cuda":
+        if torch.version.hip:
+            yield "it is not tested on AMD GPUs"
+        if hardware.capability < (8, 0):
+            yield f"it needs compute capability 8.0, the GPU has {hardware.capability[0]}.{hardware.capability[1]}"
+        if INTERPRETED and not hardware.name.startswith("simulated"):
+            yield "TRITON_INTERPRET is set, and the tensors are on the GPU"
+    elif hardware.type != "cpu":
+        yield f"it runs on CUDA GPUs, the tensors are on {hardware.type}"
+    elif not INTERPRETED:
+        yield "it needs a CUDA GPU, the tensors are on the CPU"
+    if problem.dtype == torch.float64:
+        yield "it has no float64"
+    if max(problem.head_dim, problem.head_dim_v) > 512:
+        yield f"it has head dims up to 512, got {problem.head_dim} and {problem.head_dim_v}"
+    if problem.page_size is not None:
+        yield "it has no paged keys and values yet"
+    if problem.batch * problem.heads * (max(problem.seqlen_q, problem.seqlen_k) // 16 + 1) >= 2**31:
+        yield "the call has more tiles than a grid has programs"
+
+
+def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty out and lse of a call."""
+    B, H, M, _ = call.query.shape
+    out = call.query.new_empty(B, M, H, call.value.shape[3]).transpose(1, 2)
+    return out, call.query.new_empty(B, H, M, dtype=torch.float32)
+
+
+def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
+    """How tiles of `rows` rows of a tensor are loaded: by TMA descriptor where the strides allow it, else by pointer."""
+    if not config.tma or not problem_module.tma_ready(tensor):
+        return Strided.of(tensor)
+    # A dimension of size 1 may have any stride in PyTorch; TMA wants a multiple of 16 bytes even there.
+    strides = [s if n != 1 else 16 * tensor.shape[3] for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, cols])
+
+
+def mode(problem: Problem, config: Config) -> Mode:
+    """The compile-time numbers of a launch."""
+    return Mode(
+        config.BLOCK_M,
+        config.BLOCK_N,
+        block_dim(problem.head_dim),
+        block_dim(problem.head_dim_v),
+        problem.mask.bounds_left,
+        problem.mask.align == "bottom-right",
+        problem.precision if problem.dtype == torch.float32 else "ieee",
+        problem.wide,
+        problem.group > 1,
+    )
+
+
+def steps(problem: Problem) -> Steps:
+    """The compile-time functions of a launch."""
+    names = [band.name for band in problem.mask.bands]
+    run = _run_steps(problem)
+    approximate = problem.dtype != torch.float32 and not INTERPRETED
+    values = [f"{name}_approx_value" if approximate and name == "softcap" else f"{name}_value" for name in run]
+    slopes = [f"{name}_slope" if name in score_steps.STEPS and score_steps.STEPS[name].slope else "unit_slope" for name in run]
+    return Steps(
+        tuple(getattr(device_bands, f"{name}_keys") for name in names),
+        tuple(getattr(device_bands, f"{name}_queries") for name in names),
+        tuple(getattr(device_scores, f"{name}_prepare") for name in run),
+        tuple(getattr(device_scores, value) for value in values),
+        tuple(getattr(device_scores, slope) for slope in slopes),
+    )
+
+
+def _run_steps(problem: Problem) -> tuple[str, ...]:
+    """The score steps to run. A scale that is not positive cannot be moved behind the maximum: an empty step applies it first."""
+    return problem.steps if problem.positive_scale or problem.steps else ("scale",)
+
+
+def programs(cu: torch.Tensor | None, batch: int, heads: int, length: int, block: int) -> int:
+    """The size of the grid of a kernel that owns tiles of `block` rows; tiles.locate is its other half."""
+    if cu is None:
+        return batch * heads * triton.cdiv(length, block)
+    return heads * (length // block + batch + 1) if length else 0
+
+
+def bundle(problem: Problem, call: Call) -> tuple[Spans, Sizes, Rules, Scoring, Operands]:
+    """The run-time arguments that every kernel takes."""
+    operands: dict[str, Any] = {
+        "scale": call.scale,
+        "softcap": call.softcap,
+        "alibi": None if call.alibi is None else Strided.of(call.alibi),
+        "bias": None if call.bias is None else Strided.of(call.bias),
+    }
+    threshold = score_steps.keep_threshold(call.dropout_p)
+    return (
+        Spans(call.cu_q, call.cu_k, call.used_q, call.used_k),
+        Sizes.coded(problem.batch, problem.heads, problem.group, call.query.shape[2], call.key.shape[2]),
+        Rules(tuple(band.numbers for band in problem.mask.bands), None if call.dense is None else Strided.of(call.dense)),
+        Scoring(call.scale, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - call.dropout_p)),
+        Operands(tuple(operands[name] for name in _run_steps(problem)), call.sinks, call.seed if call.dropout_p > 0 else None),
+    )

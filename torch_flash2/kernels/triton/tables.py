@@ -1,0 +1,104 @@
+"""Configurations of the portable kernels: plain data in configs.json, each row with its provenance.
+
+D head dim of query and key, Dv of value. A row holds for one direction, one class of GPU, one element size and one bucket of head dims;
+head dims between buckets take the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...hardware import Hardware
+from ...problem import Problem
+
+BUCKETS = (64, 128, 256, 512)
+
+
+class Config(NamedTuple):
+    """One way to run a kernel. `tma`: load tiles by tensor descriptors where the strides allow it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton's launch takes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+class BackwardConfig(NamedTuple):
+    """One way to run the backward: the kernel of dK and dV, and that of dQ (and of the bias gradient)."""
+
+    kv: Config
+    q: Config
+
+
+def block_dim(head_dim: int) -> int:
+    """The tile width of a head dim: the next power of two from 16 on."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def gpu_class(hardware: Hardware) -> str:
+    """Which rows of the table a GPU uses: by generation and by the shared memory of a block."""
+    if hardware.shared_memory >= 227 * 1024 and hardware.capability >= (10, 0):
+        return "blackwell"
+    if hardware.shared_memory >= 227 * 1024:
+        return "hopper"
+    return "ampere" if hardware.shared_memory >= 160 * 1024 else "small"
+
+
+@functools.cache
+def _rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((Path(__file__).parent / "configs.json").read_text())
+    return rows
+
+
+@functools.cache
+def _row(kernel: str, gpu: str, bits: int, bucket: int, extras: bool) -> Config:
+    matches = [
+        row for row in _rows()
+        if (row["kernel"], row["gpu"], row["bits"], row["bucket"]) == (kernel, gpu, bits, bucket) and row.get("extras", extras) == extras
+    ]  # fmt: skip
+    assert len(matches) == 1, f"configs.json needs one row for {kernel} {gpu} {bits} {bucket} extras={extras}, has {len(matches)}"
+    return Config(**matches[0]["config"])
+
+
+def lookup(kernel: str, problem: Problem) -> Config:
+    """The row for a kernel: "forward", "backward_kv" or "backward_q"."""
+    bits = problem.dtype.itemsize * 8
+    width = max(block_dim(problem.head_dim), block_dim(problem.head_dim_v))
+    bucket = next(size for size in BUCKETS if width <= size)
+    gpu = gpu_class(problem.hardware) if problem.hardware.type == "cuda" else "small"
+    # Score steps, dropout and dense masks hold more in registers than the plain loop.
+    extras = bool(problem.steps) or problem.dropout or problem.dense or not problem.positive_scale
+    config = _row(kernel, gpu, bits, bucket, extras)
+    if problem.hardware.type == "cpu":
+        # Triton's interpreter: small tiles find more edges, and the cost is per tile.
+        config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32))
+    return config
+
+
+def forward(problem: Problem) -> Config:
+    """The configuration of the forward."""
+    return lookup("forward", problem)
+
+
+def backward(problem: Problem) -> BackwardConfig:
+    """The configurations of the backward."""
+    return BackwardConfig(lookup("backward_kv", problem), lookup("backward_q", problem))
+
+
+def sweep(problem: Problem) -> Iterator[Config]:
+    """Configurations worth measuring, one kernel."""
+    hopper = problem.hardware.capability >= (9, 0)
+    for block_m, block_n, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
+        if block_m >= block_n // 2:
+            yield from (Config(block_m, block_n, warps, stages, tma) for tma in ((False, True) if hopper else (False,)))

@@ -1,0 +1,80 @@
+"""Settings: every environment variable of the library, and PyTorch's precision of fp32 products.
+
+Variables are read once, at first use: set them before the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+
+TRUE = ("1", "true", "on", "yes")
+FALSE = ("", "0", "false", "off", "no")
+
+
+class Variable(NamedTuple):
+    """One environment variable: its name, its value where it is not set, and what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("TORCH_FLASH2", "0", "1: every attention call of PyTorch runs here, from import on"),
+    Variable("TORCH_FLASH2_CHECK", "0", "1: kernels check lengths and page numbers on the device"),
+    Variable("TORCH_FLASH2_KERNEL", "", "a kernel's name: every call runs on it, for debugging"),
+)
+DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
+
+
+@functools.cache
+def value(name: str) -> str:
+    """The text of a variable of the table, or its default."""
+    return os.environ.get(name, DEFAULTS[name]).strip()
+
+
+def enabled() -> bool:
+    """Whether TORCH_FLASH2 asks to take over PyTorch's attention."""
+    return _flag("TORCH_FLASH2")
+
+
+def checks() -> bool:
+    """Whether TORCH_FLASH2_CHECK asks for checks on the device."""
+    return _flag("TORCH_FLASH2_CHECK")
+
+
+def forced_kernel() -> str | None:
+    """The kernel that TORCH_FLASH2_KERNEL names, if any."""
+    return value("TORCH_FLASH2_KERNEL") or None
+
+
+def _flag(name: str) -> bool:
+    text = value(name).lower()
+    if text not in TRUE + FALSE:
+        allowed = "1, true, on, yes, 0, false, off, no"
+        raise ValueError(f"{name} must be one of {allowed}; got {text!r}")
+    return text in TRUE
+
+
+def matmul_precision(device_type: str = "cuda") -> str:
+    """How products of fp32 inputs are to be computed, from PyTorch's two APIs.
+
+    Returns:
+        "ieee" off CUDA. On CUDA "tf32" where it was asked for, by
+        `torch.set_float32_matmul_precision("medium")` or by
+        `torch.backends.cuda.matmul.fp32_precision = "tf32"`; else "tf32x3", as exact as fp32.
+    """
+    if device_type != "cuda":
+        return "ieee"
+    # Both APIs write this one; where it says tf32, only the older tells "high" from "medium".
+    if torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "tf32x3"
+    try:
+        return "tf32x3" if torch.get_float32_matmul_precision() == "high" else "tf32"
+    except RuntimeError:
+        # It raises where the newer API alone was used.
+        return "tf32"
