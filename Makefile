@@ -6,8 +6,9 @@ RUN := .venv/bin/python
 
 .PHONY: demo test lint compile-all bench clean
 
+# Passive: on a busy machine OpenMP's threads would spin while they wait for one another.
 demo: .venv/ready
-	$(RUN) -m torch_flash2 demo $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m torch_flash2 demo $(ARGS)
 
 test: .venv/ready
 	.ci/test.sh

@@ -8,6 +8,7 @@ python -m benchmarks report benchmarks/results/h200 --readme README.md
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--suite", type=words, required=True, help="forward,backward,features,memory")
     run.add_argument("--ours", type=words, default=("torch_flash2",), help="see providers.py")
     run.add_argument("--against", type=words, help="peers; by default those of each case")
+    run.add_argument("--without", type=words, default=(), help="peers to leave out")
     run.add_argument("--out", type=Path, help="by default benchmarks/results/<gpu>")
 
     tune = commands.add_parser("tune", parents=[common], help="measure a kernel's candidates")
@@ -86,9 +88,7 @@ def main(argv: list[str]) -> int:
         suites = arguments.suite or (arguments.direction,)
         tune.run(list(suites), options, arguments.kernel, arguments.direction, arguments.processes)
         return 0
-    import dataclasses
-
-    options = dataclasses.replace(options, ours=arguments.ours, against=arguments.against)
+    options = dataclasses.replace(options, ours=arguments.ours, against=arguments.against, without=arguments.without)
     runner.run(list(arguments.suite), options)
     return 0
 

@@ -34,9 +34,7 @@ def chart(title: str, unit: str, panels: list[Panel]) -> str:
         for label, line in lines:
             path = " ".join(f"{_x(left, xs, x):.1f},{_y(top, y):.1f}" for x, y in sorted(line))
             color = colors[label]
-            parts.append(
-                f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
-            )
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
     for i, name in enumerate(names):
         x, y = LEFT + i * (width - LEFT) / len(names), height - 8
         parts.append(f'<rect x="{x:.1f}" y="{y - 9}" width="9" height="9" fill="{colors[name]}"/>')
@@ -48,19 +46,13 @@ def _axes(left: float, name: str, xs: list[float], top: float, step: float) -> l
     parts = [f'<text x="{left + WIDTH / 2}" y="36" text-anchor="middle">{escape(name)}</text>']
     for i in range(round(top / step) + 1):
         y = _y(top, i * step)
-        parts.append(
-            f'<line x1="{left}" y1="{y:.1f}" x2="{left + WIDTH}" y2="{y:.1f}" stroke="#dddddd"/>'
-        )
+        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + WIDTH}" y2="{y:.1f}" stroke="#dddddd"/>')
         if left == LEFT:
-            parts.append(
-                f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{i * step:g}</text>'
-            )
+            parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{i * step:g}</text>')
     for x in xs:
         label = f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
         at = _x(left, xs, x)
-        parts.append(
-            f'<text x="{at:.1f}" y="{TOP + HEIGHT + 15}" text-anchor="middle">{label}</text>'
-        )
+        parts.append(f'<text x="{at:.1f}" y="{TOP + HEIGHT + 15}" text-anchor="middle">{label}</text>')
     return parts
 
 

@@ -58,9 +58,7 @@ class Slice:
 
     def cut(self, inputs: Inputs) -> Inputs:
         """The slice as a call of its own; without dropout, whose bits are each provider's own."""
-        parts: dict[str, Any] = {
-            name: leaf.detach()[self.place(name)] for name, leaf in inputs.leaves.items()
-        }
+        parts: dict[str, Any] = {name: leaf.detach()[self.place(name)] for name, leaf in inputs.leaves.items()}
         slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes[self.heads]
         lengths = inputs.lengths if self.segment is None else None
         return inputs._replace(**parts, alibi_slopes=slopes, lengths=lengths, dropout_p=0.0)
@@ -97,8 +95,7 @@ class Reference:
     def errors(self, found: Results) -> dict[str, float]:
         """The relative error of each result, ||found - exact|| / ||exact||."""
         return {
-            name: relative_error(tensor[self.slice.place(name)], self.exact[name])
-            for name, tensor in found.items()
+            name: relative_error(tensor[self.slice.place(name)], self.exact[name]) for name, tensor in found.items()
         }
 
     def complaints(self, errors: dict[str, float]) -> list[str]:

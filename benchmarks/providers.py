@@ -268,9 +268,7 @@ class _FA3(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Any) -> Any:
         deterministic = torch.are_deterministic_algorithms_enabled()
-        gradients = torch.ops.flash_attn_3.bwd(
-            grad_out, *ctx.saved_tensors, deterministic=deterministic, **ctx.options
-        )
+        gradients = torch.ops.flash_attn_3.bwd(grad_out, *ctx.saved_tensors, deterministic=deterministic, **ctx.options)
         return *gradients[:3], None
 
 

@@ -40,9 +40,7 @@ def environment(device: torch.device) -> Row:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu {platform.machine()}",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if cuda
-        else "",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "",
         "torch": torch.__version__,
         "triton": triton,
     }
@@ -51,9 +49,7 @@ def environment(device: torch.device) -> Row:
 def _output(*command: str) -> str:
     """The first line that a command prints; empty where it fails or is missing."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.partition("\n")[0].strip()
@@ -88,7 +84,11 @@ class Table:
         """Of rows on the same measurement keep the newest, in the place of the oldest."""
         newest: dict[tuple[str, ...], Row] = {}
         for row in self.rows():
-            newest[tuple(row.get(name, "") for name in _IDENTITY)] = row
+            identity = [row.get(name, "") for name in _IDENTITY]
+            if row.get("kind") == "error":
+                # It has run since: an older refusal holds no more.
+                newest.pop((*identity[:-2], "refused", ""), None)
+            newest[tuple(identity)] = row
         temporary = self.path.with_suffix(".tmp")
         self._write("w", list(newest.values()), temporary)
         temporary.replace(self.path)

@@ -27,6 +27,7 @@ class Options:
 
     ours: tuple[str, ...] = ("torch_flash2",)
     against: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
     device: str = "cuda"
     out: Path | None = None
     dtype: str = "bf16"
@@ -34,6 +35,11 @@ class Options:
     rounds: int = 8
     window_ms: float = 5.0
     quick: bool = False
+
+    def names(self, group: Group) -> list[str]:
+        """The providers of a group."""
+        peers = group.peers if self.against is None else self.against
+        return [*self.ours, *(name for name in peers if name not in self.without)]
 
     @property
     def folder(self) -> Path:
@@ -96,9 +102,8 @@ class Run:
     def group(self, group: Group) -> None:
         """Check and time every provider on every shape of the group, in the same rounds."""
         entries = []
-        peers = group.peers if self.options.against is None else self.options.against
         for shape in group.shapes:
-            entries += self.entries(shape, [*self.options.ours, *peers])
+            entries += self.entries(shape, self.options.names(group))
         timing.interleave(entries, self.options.rounds, self.options.window_ms, self.device)
         for entry in entries:
             self.write(entry, entry.ms)
@@ -135,9 +140,7 @@ class Run:
             *(data.make(shape, self.device, 10 * i, needs_grad) for i in range(1, count)),
         ]
 
-    def right(
-        self, shape: Shape, provider: Provider, sample: data.Sample, reference: check.Reference
-    ) -> bool:
+    def right(self, shape: Shape, provider: Provider, sample: data.Sample, reference: check.Reference) -> bool:
         """Whether the provider's results are within their bounds; notes the errors."""
         errors = reference.errors(check.results(provider, shape, sample))
         for name, error in errors.items():
@@ -211,9 +214,8 @@ class MemoryRun(Run):
     def group(self, group: Group) -> None:
         (shape,) = group.shapes
         sample = data.make(shape, self.device, 0, True)
-        peers = group.peers if self.options.against is None else self.options.against
         estimate = math_bytes(shape) / 2**20
-        for name in [*self.options.ours, *peers]:
+        for name in self.options.names(group):
             if name == "math" and not self.fits(estimate):
                 say(f"  math on {shape.name} would take {estimate:.0f} MiB: not run")
                 self.estimate(shape, estimate)
@@ -235,6 +237,7 @@ class MemoryRun(Run):
     def fits(self, mib: float) -> bool:
         if self.device.type != "cuda":
             return True
+        torch.cuda.empty_cache()
         return mib * 2**20 < 0.9 * torch.cuda.mem_get_info(self.device)[0]
 
 

@@ -177,9 +177,7 @@ def _features(direction: str) -> list[Group]:
 def _models() -> list[Group]:
     """Attention of well-known models, as the tests have it."""
     cases = [case for case in CASES.values() if "model" in case.tags]
-    return [
-        Group((Shape(case, direction),), ("sdpa",)) for direction in DIRECTIONS for case in cases
-    ]
+    return [Group((Shape(case, direction),), ("sdpa",)) for direction in DIRECTIONS for case in cases]
 
 
 def _memory(quick: bool) -> list[Group]:
@@ -191,9 +189,7 @@ def _memory(quick: bool) -> list[Group]:
     return groups
 
 
-def suite(
-    name: str, *, dtype: str = "bf16", quick: bool = False, pattern: str = "", tiny: bool = False
-) -> list[Group]:
+def suite(name: str, *, dtype: str = "bf16", quick: bool = False, pattern: str = "", tiny: bool = False) -> list[Group]:
     """The groups of a suite.
 
     Args:

@@ -29,10 +29,7 @@ FINALISTS = 6
 
 def as_dict(config: Any) -> Config:
     """A config, a NamedTuple whose values may be NamedTuples again, as plain data."""
-    return {
-        name: as_dict(value) if hasattr(value, "_asdict") else value
-        for name, value in config._asdict().items()
-    }
+    return {name: as_dict(value) if hasattr(value, "_asdict") else value for name, value in config._asdict().items()}
 
 
 def candidates(kernel: str, shape: Shape, device: str) -> list[Config]:
@@ -76,9 +73,7 @@ def attempt(shape: Shape, name: str, device: str) -> str:
     return ""
 
 
-def compile_all(
-    work: list[tuple[Shape, str]], device: str, processes: int
-) -> dict[tuple[str, str], str]:
+def compile_all(work: list[tuple[Shape, str]], device: str, processes: int) -> dict[tuple[str, str], str]:
     """Why each (case, provider) of the work cannot run; those that can are left out."""
     failures: dict[tuple[str, str], str] = {}
     if processes < 2:
@@ -121,9 +116,7 @@ class Contest:
         """Configs with their milliseconds, fastest first."""
         entries = [(config, self.entry(config)) for config in configs]
         right = [(config, entry) for config, entry in entries if entry is not None]
-        timing.interleave(
-            [entry for _, entry in right], rounds, self.options.window_ms, self.device
-        )
+        timing.interleave([entry for _, entry in right], rounds, self.options.window_ms, self.device)
         return sorted(((config, entry.ms) for config, entry in right), key=lambda pair: pair[1])
 
     def run(self, configs: list[Config], default: Config) -> list[tuple[Config, float]]:
@@ -140,17 +133,13 @@ def provider_name(kernel: str, config: Config) -> str:
     return f"torch_flash2:{kernel}@{providers.config_text(config)}"
 
 
-def run(
-    suites: list[str], options: Options, kernel: str, direction: str, processes: int
-) -> list[dict[str, Any]]:
+def run(suites: list[str], options: Options, kernel: str, direction: str, processes: int) -> list[dict[str, Any]]:
     """Tune a kernel on the cases of suites: the best printed, the finalists in options.out."""
     tiny = torch.device(options.device).type != "cuda"
     groups = [
         group
         for name in suites
-        for group in suite(
-            name, dtype=options.dtype, quick=options.quick, pattern=options.pattern, tiny=tiny
-        )
+        for group in suite(name, dtype=options.dtype, quick=options.quick, pattern=options.pattern, tiny=tiny)
     ]
     shapes = [s for group in groups for s in group.shapes if s.direction == direction]
     configs = {shape.name: candidates(kernel, shape, options.device) for shape in shapes}
@@ -162,9 +151,7 @@ def run(
     for shape in shapes:
         default, *_ = configs[shape.name]
         running = [
-            config
-            for config in configs[shape.name]
-            if (shape.name, provider_name(kernel, config)) not in failures
+            config for config in configs[shape.name] if (shape.name, provider_name(kernel, config)) not in failures
         ]
         say(f"tune {shape.name}: {len(running)} of {len(configs[shape.name])} candidates run")
         ranking = Contest(shape, kernel, options).run(running, default) if running else []
@@ -198,6 +185,4 @@ def summary(shape: Shape, default: Config, ranking: list[tuple[Config, float]]) 
     best, ms = ranking[0]
     usual = dict((providers.config_text(config), ms) for config, ms in ranking)
     before = usual.get(providers.config_text(default), float("nan"))
-    return (
-        f"{shape.name:24} {ms:9.4f} ms, default {before:9.4f} ms\n    {providers.config_text(best)}"
-    )
+    return f"{shape.name:24} {ms:9.4f} ms, default {before:9.4f} ms\n    {providers.config_text(best)}"

@@ -28,9 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if interpreted:
         skips["compile"] = "compiles kernels: TRITON_INTERPRET must not be set"
     else:
-        skips["interpreter"] = (
-            "needs a process of its own: TRITON_INTERPRET=1 pytest -m interpreter"
-        )
+        skips["interpreter"] = "needs a process of its own: TRITON_INTERPRET=1 pytest -m interpreter"
     for item in items:
         for marker, reason in skips.items():
             if item.get_closest_marker(marker):

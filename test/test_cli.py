@@ -21,9 +21,7 @@ ROOT = Path(__file__).parents[1]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def python(
-    *arguments: str, cwd: Path = ROOT, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a fresh process that finds this checkout."""
     return subprocess.run(
         [sys.executable, *arguments],
@@ -45,8 +43,7 @@ def test_doctor() -> None:
 
 def test_doctor_says_how_to_get_triton() -> None:
     code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from torch_flash2.__main__ import main; sys.exit(main(['doctor']))"
+        "import sys; sys.modules['triton'] = None\nfrom torch_flash2.__main__ import main; sys.exit(main(['doctor']))"
     )
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
@@ -95,7 +92,7 @@ def test_explain_rejects(words: str, error: str, capsys: pytest.CaptureFixture[s
 
 def test_demo(tmp_path: Path) -> None:
     command = "-m torch_flash2 demo --size small --steps 3 --out curves.png"
-    result = python(*command.split(), cwd=tmp_path)
+    result = python(*command.split(), cwd=tmp_path, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert "torch_flash2 [########################] 3/3" in result.stderr
     assert "runs on" in result.stdout
@@ -143,10 +140,18 @@ def test_bench_needs_a_checkout(
     assert "the benchmarks are part of a checkout" in capsys.readouterr().err
 
 
-def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["doctor", "--colour"])
-    assert "unrecognized arguments: --colour" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("doctor --colour", "unrecognized arguments: --colour"),
+        ("explain --shape 2,8,x", "must be sizes such as 1,32,4096, got '2,8,x'"),
+        ("demo --size huge", "invalid choice: 'huge'"),
+    ],
+)
+def test_usage(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert error in capsys.readouterr().err
 
 
 NEW = "torch.backends.cuda.matmul.fp32_precision"
@@ -170,11 +175,11 @@ NEW = "torch.backends.cuda.matmul.fp32_precision"
 def test_matmul_precision(code: str, expected: str) -> None:
     # Setting the older API may warn; reading must not.
     lines = (
-        "import torch, warnings",
-        "from torch_flash2 import settings",
+        "import runpy, warnings, torch",
+        f"settings = runpy.run_path({str(settings.__file__)!r})",
         code,
         "warnings.simplefilter('error')",
-        "print(settings.matmul_precision())",
+        "print(settings['matmul_precision']())",
     )
     result = python("-c", "\n".join(lines))
     assert result.stdout.strip() == expected, result.stderr

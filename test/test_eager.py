@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -107,7 +108,8 @@ def row(case: Case, b: int, h: int, m: int) -> tuple[torch.Tensor, torch.Tensor]
     if call.dropout_p > 0:
         assert call.seed is not None
         counter = (torch.tensor(x) for x in (b, h, m))
-        p = p * scores.keep(call.seed, *counter, n, call.dropout_p) / (1 - call.dropout_p)
+        kept = scores.keep(call.seed, *counter, n, call.dropout_p)
+        p = torch.where(kept, p / (1 - call.dropout_p), 0.0)
     return p @ value, lse
 
 
@@ -180,9 +182,7 @@ def sides(draw: st.DrawFn, batch: int, packed: bool, used: bool) -> Side:
 
 
 @st.composite
-def cases(
-    draw: st.DrawFn, dtype: torch.dtype = torch.float64, plain: bool = False, dropout: bool = True
-) -> Case:
+def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, plain: bool = False, dropout: bool = True) -> Case:
     """Any small call; `plain` ones have no score steps, sinks or dropout and a causal mask at most.
 
     What no segment uses holds NaN.
@@ -247,6 +247,15 @@ def cases(
 # Running.
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are small: threads cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def forward(module: ModuleType, call: Call, config: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
     posed = problem.of(call)
     return module.launch(posed, config or module.config(posed), call)
@@ -258,7 +267,7 @@ def backward(module: ModuleType, call: Call, saved: Saved, config: Any = None) -
 
 
 def saved_of(call: Call, which: str = "both", seed: int = 0) -> Saved:
-    """What a backward gets: random gradients ("out", "lse" or "both"), NaN in rows of no segment."""
+    """What a backward gets: random gradients ("out", "lse" or "both"), NaN where nobody reads."""
     out, lse = forward(reference, call)
     generator = torch.Generator().manual_seed(seed)
     grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
@@ -279,6 +288,12 @@ def saved_of(call: Call, which: str = "both", seed: int = 0) -> Saved:
     )
 
 
+def nothing(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A 0 that depends on every leaf."""
+    parts = [torch.nan_to_num(leaf, posinf=0.0, neginf=0.0).sum() for leaf in leaves.values()]
+    return 0.0 * torch.stack([part.double() for part in parts]).sum()
+
+
 def differentiate(results: tuple[Any, Any], leaves: dict[str, Any], saved: Saved) -> dict[str, Any]:
     """Gradients by autograd; rows of no segment and rows that see no key take no part."""
     total = torch.zeros((), dtype=torch.float64)
@@ -286,7 +301,7 @@ def differentiate(results: tuple[Any, Any], leaves: dict[str, Any], saved: Saved
         if grad is not None:
             live = torch.isfinite(result.detach()) & ~torch.isnan(grad)
             total = total + torch.where(live, result * torch.where(live, grad, 0.0), 0.0).sum()
-    total = total + sum(0.0 * torch.nan_to_num(leaf).sum() for leaf in leaves.values())
+    total = total + nothing(leaves)
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
@@ -447,32 +462,212 @@ def test_aten_needs_unit_stride_on_the_head_dim() -> None:
 # NaN and infinities.
 
 
-def tainted(call: Call, key_at: list[int], value_at: list[int], bad: float) -> Call:
-    """The call with NaN in some keys and `bad` in some values, at flat positions."""
-    key, value = call.key.clone(), call.value.clone()
-    for tensor, positions, number in ((key, key_at, torch.nan), (value, value_at, bad)):
-        for position in positions[: tensor.numel()]:
-            tensor.view(-1)[position % tensor.numel()] = number
-    return call._replace(key=key, value=value)
+def taint(tensor: torch.Tensor, at: list[int], bad: float) -> torch.Tensor:
+    """A copy with `bad` at some flat positions."""
+    flat = tensor.flatten().clone()
+    if flat.numel():
+        flat[[position % flat.numel() for position in at]] = bad
+    return torch.empty_like(tensor).copy_(flat.view(tensor.shape))
+
+
+def close_where_finite(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    """The same entries are finite, and those are close."""
+    finite = torch.isfinite(wanted)
+    assert torch.equal(torch.isfinite(found), finite), name
+    close(found[finite], wanted[finite], 1e-9, name)
+
+
+POSITIONS = st.lists(st.integers(0, 2**16), max_size=2)
 
 
 @given(
     cases(dropout=False),
-    st.lists(st.integers(0, 2**16), max_size=2),
-    st.lists(st.integers(0, 2**16), max_size=2),
+    POSITIONS,
+    POSITIONS,
     st.sampled_from([math.nan, math.inf, -math.inf]),
     st.integers(1, 6),
 )
-def test_masked_nan_does_not_leak(
-    case: Case, key_at: list[int], value_at: list[int], bad: float, rows: int
-) -> None:
-    """Every row that sees a bad key or value shows it, no other does; the same for gradients."""
-    call = tainted(case.call, key_at, value_at, bad)
-    case = case._replace(call=call)
-    wanted, wanted_lse = oracle(case)
+def test_hidden_nan_does_not_leak(case: Case, keys: list[int], values: list[int], bad: float, rows: int) -> None:
+    """Rows that see a bad key or value show it, others do not; so for gradients."""
+    call = case.call
+    call = call._replace(key=taint(call.key, keys, torch.nan), value=taint(call.value, values, bad))
     leaves = leaves_of(call)
+    out, lse = oracle(case._replace(call=call._replace(**leaves)))
+    saved = saved_of(call, "out")
+    assert saved.grad_out is not None
+    gradients = torch.autograd.grad(out + nothing(leaves), list(leaves.values()), torch.nan_to_num(saved.grad_out))
     for module, config in ((reference, None), (cpu, cpu.Config("tiled", rows))):
-        out, lse = forward(module, call, config)
-        assert torch.equal(torch.isfinite(out), torch.isfinite(wanted))
-        close(torch.where(torch.isfinite(wanted), out, 0.0), torch.where(torch.isfinite(wanted), wanted, 0.0), 1e-10)
-        close(lse, wanted_lse, 1e-6)
+        found_out, found_lse = forward(module, call, config)
+        close_where_finite(found_out, out.detach(), "out")
+        close(found_lse, lse.detach(), 1e-6, "lse")
+        found = backward(module, call, saved, config)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            close_where_finite(getattr(found, name), gradient, name)
+
+
+@given(cases(torch.float32, plain=True), POSITIONS, POSITIONS)
+def test_aten_hands_nan_over(case: Case, keys: list[int], values: list[int]) -> None:
+    key, value = taint(case.call.key, keys, math.nan), taint(case.call.value, values, math.nan)
+    call = case.call._replace(key=key, value=value)
+    compare(call, cpu.config(problem.of(call, "backward")), 2e-5, "out")
+
+
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_float_mask(module: ModuleType, dtype: torch.dtype) -> None:
+    """A bias of -inf hides a score; a row of nothing else sees no key."""
+    q, k, v = torch.randn(3, 1, 2, 6, 4, dtype=dtype)
+    seen = torch.rand(6, 6) > 0.5
+    seen[2] = False
+    call = make_call(q, k, v, bias=torch.where(seen, 0.0, -torch.inf).to(dtype))
+    plain = make_call(q, k, v, dense=seen)
+    for found, wanted in zip(forward(module, call), forward(module, plain), strict=True):
+        close(found, wanted, 1e-6)
+    saved = saved_of(plain)._replace(wanted=(True, True, True, True, False))
+    found, wanted = backward(module, call, saved), backward(module, plain, saved)
+    for gradient, expected in zip(found[:3], wanted[:3], strict=True):
+        close(gradient, expected, 1e-6)
+    assert torch.isfinite(found.bias).all()
+
+
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("sinks", [None, 2e4, -2e4])
+def test_large_logits(module: ModuleType, sinks: float | None) -> None:
+    """Logits of 1e4 do not overflow."""
+    q, k, v = torch.randn(3, 1, 2, 9, 4)
+    sink = None if sinks is None else torch.full((2,), sinks)
+    call = make_call(q * 1e4, k, v, mask="causal", scale=1.0, sinks=sink)
+    case = Case(call, masks.causal(), (Place(0, 0, 9, 0, 0, 9),))
+    for found, wanted in zip(forward(module, call), oracle(case), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-3)
+    for gradient in backward(module, call, saved_of(call)):
+        assert gradient is None or torch.isfinite(gradient).all()
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_rate(p: float) -> None:
+    q = torch.zeros(2, 3, 64, 4)
+    values = torch.eye(64).expand(2, 3, 64, 64)
+    dropped = []
+    for seed in range(3):
+        call = make_call(q, q, values, dropout_p=p, seed=torch.tensor([seed, 7]))
+        weights = forward(reference, call)[0]
+        kept = weights > 0
+        close(weights[kept], torch.full_like(weights[kept], 1 / 64 / (1 - p)), 1e-6)
+        # Four standard deviations of a mean of 24576 draws.
+        assert abs(kept.double().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / kept.numel())
+        dropped.append(~kept)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert not torch.equal(dropped[1], dropped[2])
+    # Batch entries and heads have masks of their own.
+    assert not torch.equal(dropped[0][0], dropped[0][1])
+    assert not torch.equal(dropped[0][:, 0], dropped[0][:, 1])
+
+
+def test_dropout_counts_from_the_start_of_a_document() -> None:
+    q, k, v = torch.randn(3, 1, 2, 12, 4, dtype=torch.float64)
+    seed = torch.tensor([5, 6])
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = make_call(q, k, v, cu_q=cu, cu_k=cu, dropout_p=0.4, seed=seed)
+    used = torch.tensor([5, 7], dtype=torch.int32)
+    places = [slice(0, 5), slice(5, 12)]
+    padded = []
+    for tensor in (q, k, v):
+        rows = torch.full((2, 2, 7, 4), torch.nan, dtype=torch.float64)
+        for b, place in enumerate(places):
+            rows[b, :, : place.stop - place.start] = tensor[0, :, place]
+        padded.append(rows)
+    alone = make_call(*padded, used_q=used, used_k=used, dropout_p=0.4, seed=seed)
+    (out, _), (wanted, _) = forward(reference, packed), forward(reference, alone)
+    for b, place in enumerate(places):
+        close(out[0, :, place], wanted[b, :, : place.stop - place.start], 1e-12)
+
+
+# Plans, memory.
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements that an operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+def test_tiled_memory_is_linear() -> None:
+    q, k, v = torch.randn(3, 1, 4, 4096, 8)
+    call = make_call(q, k, v, mask="causal & window(#, #)", mask_numbers=[100, 0], sinks=torch.ones(4))
+    with LargestTensor() as forward_largest:
+        out, lse = forward(cpu, call)
+    saved = Saved(out, lse, torch.ones_like(out), torch.ones_like(lse), (True,) * 3 + (False, True))
+    with LargestTensor() as backward_largest:
+        backward(cpu, call, saved)
+    # 64 rows see 164 keys.
+    assert forward_largest.size <= max(q.numel(), 4 * 64 * 164)
+    assert backward_largest.size <= max(q.numel(), 4 * 64 * 164)
+
+    many = dataclasses.replace(problem.of(call), heads=32, heads_kv=32, seqlen_k=2**17)
+    for heads_kv in (32, 8, 1):
+        posed = dataclasses.replace(many, heads_kv=heads_kv)
+        step = cpu._step(posed, cpu.config(posed).rows)
+        scores_held = step.entries * step.heads * posed.group * step.rows * posed.seqlen_k
+        assert scores_held <= cpu.MOST_SCORES
+
+
+def test_rejections() -> None:
+    q = torch.randn(2, 2, 5, 4)
+    call = make_call(q, q, q)
+    posed = problem.of(call)
+    assert not list(cpu.why_not(posed)) and not list(reference.why_not(posed))
+    paged = dataclasses.replace(posed, page_size=16)
+    assert list(cpu.why_not(paged)) == list(reference.why_not(paged))
+    assert list(cpu.why_not(paged)) == ["it has no paged keys and values yet"]
+    gpu = dataclasses.replace(posed, hardware=hardware.simulated("sm90"))
+    assert list(cpu.why_not(gpu)) == ["it runs on CPU tensors, these are on cuda"]
+    assert list(reference.why_not(gpu)) == ["it runs on real tensors only"]
+
+
+@pytest.mark.parametrize("config", [cpu.Config("fast", 64), cpu.Config("tiled", 0)])
+def test_bad_config(config: cpu.Config) -> None:
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="needs path 'aten' or 'tiled' and rows >= 1"):
+        forward(cpu, make_call(q, q, q), config)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"mask": "window(#, #)", "mask_numbers": [2, 0]}, "no mask but causal"),
+        ({"mask": "causal @ bottom-right"}, "top-left"),
+        ({"dense": torch.ones(5, 5, dtype=torch.bool)}, "no mask but causal"),
+        ({"scale": -1.0}, "masks before it scales"),
+        ({"softcap": 1.0}, "no softcap"),
+        ({"sinks": torch.ones(2)}, "no softcap"),
+    ],
+)
+def test_aten_forced_where_it_cannot(other: dict[str, Any], reason: str) -> None:
+    q = torch.randn(1, 2, 5, 4)
+    call = make_call(q, q, q, **other)
+    assert cpu.config(problem.of(call)).path == "tiled"
+    with pytest.raises(ValueError, match=reason):
+        forward(cpu, call, cpu.Config("aten", 64))
+
+
+def test_candidates() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    posed = problem.of(make_call(q, q, q))
+    assert [(c.path, c.rows) for c in cpu.candidates(posed)] == [
+        ("aten", 64),
+        ("tiled", 64),
+        ("tiled", 128),
+        ("tiled", 32),
+    ]
+    assert list(reference.candidates(posed)) == [None]

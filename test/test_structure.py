@@ -13,9 +13,7 @@ import pytest
 from torch_flash2 import dispatch
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(
-    path for top in ("torch_flash2", "benchmarks", "test") for path in ROOT.glob(f"{top}/**/*.py")
-)
+FILES = sorted(path for top in ("torch_flash2", "benchmarks", "test") for path in ROOT.glob(f"{top}/**/*.py"))
 PACKAGE = [path for path in FILES if path.is_relative_to(ROOT / "torch_flash2")]
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 600, 120, 16
 
@@ -56,9 +54,7 @@ def layer(module: str) -> int:
         for entry in entries
         if module == entry or entry and module.startswith(f"{entry}.")
     }
-    assert covers, (
-        f"torch_flash2/{module.replace('.', '/')}: test_structure.LAYERS must name its layer"
-    )
+    assert covers, f"torch_flash2/{module.replace('.', '/')}: test_structure.LAYERS must name its layer"
     return covers[max(covers, key=len)]
 
 
@@ -78,10 +74,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             else:
                 continue
             # A name may be a module of its own, or something inside one.
-            found = [
-                [*base, alias.name] if ".".join([*base, alias.name]) in MODULES else base
-                for alias in node.names
-            ]
+            found = [[*base, alias.name] if ".".join([*base, alias.name]) in MODULES else base for alias in node.names]
         else:
             continue
         for parts in found:
@@ -123,9 +116,7 @@ def test_functions_are_short() -> None:
             named = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
             count = named + (given.vararg is not None) + (given.kwarg is not None)
             if count > MAX_PARAMETERS:
-                problems.append(
-                    f"{where} has {count} parameters, a function has at most {MAX_PARAMETERS}"
-                )
+                problems.append(f"{where} has {count} parameters, a function has at most {MAX_PARAMETERS}")
     fail_with(problems)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import torch_flash2
@@ -110,7 +110,7 @@ PAIRS = [case_of(row, f"pair{i}") for i, row in enumerate(pairwise(FACTORS, allo
 
 def small(case: Case) -> Case:
     """A named case at the interpreter's size."""
-    case = case.scaled(64, 4 if case.lengths else 2, 2)
+    case = case.scaled(40, 4 if case.lengths else 1, 2)
     if case.dtype == "bf16":
         case = dataclasses.replace(case, dtype="fp16")
     return case
@@ -151,6 +151,7 @@ def random_rows(draw: st.DrawFn) -> dict[str, Any]:
     return row
 
 
+@settings(phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(row=random_rows(), seed=st.integers(0, 2**16))
 def test_random(row: dict[str, Any], seed: int) -> None:
     with torch_flash2.force("triton"):
@@ -171,11 +172,11 @@ def test_tiles(block_m: int, block_n: int, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(tables, "lookup", forced)
     dispatch._select.cache_clear()
-    common = dict(mask="window(20, 7)", bias="N", dropout_p=0.2, softcap=4.0)
+    common = dict(mask="window(20, 7)", bias="HMN", dropout_p=0.2, softcap=4.0)
     packed = dict(lengths="packed", documents=(0.3, 1.0), tail=5)
     with torch_flash2.force("triton"):
         check(Case("tiles", 1, 2, 1, 150, 150, 16, 16, "fp32", **common))
-        check(Case("tiles", 2, 2, 1, 100, 100, 16, 16, "fp32", **common, **packed))
+        check(Case("tiles", 2, 1, 1, 100, 100, 16, 16, "fp32", **common, **packed))
     dispatch._select.cache_clear()
 
 
@@ -186,9 +187,7 @@ def test_dropout_is_scores_keep() -> None:
     seed = testing.dropout_seed(7, torch.device("cpu"))
     torch.manual_seed(7)
     with torch_flash2.force("triton"):
-        out = torch_flash2.attention(
-            query, key, torch.eye(N).expand(B, H, N, N), "causal", dropout_p=0.4
-        )
+        out = torch_flash2.attention(query, key, torch.eye(N).expand(B, H, N, N), "causal", dropout_p=0.4)
     places = (torch.arange(n) for n in (B, H, M, N))
     b, h, m, n = torch.meshgrid(*places, indexing="ij")
     kept = scores.keep(seed, b, h, m, n, 0.4) & (n <= m)
@@ -196,7 +195,7 @@ def test_dropout_is_scores_keep() -> None:
 
 
 def test_same_bits_again() -> None:
-    case = Case("again", 2, 2, 1, 70, 70, 16, 16, "fp16", "causal", bias="N", dropout_p=0.2)
+    case = Case("again", 1, 2, 1, 40, 70, 16, 16, "fp16", "causal", bias="N", dropout_p=0.2)
     first, second = (run_all(case.inputs()) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -216,9 +215,7 @@ LEAKS = (
 
 def run_all(inputs: oracle.Inputs) -> dict[str, torch.Tensor]:
     """Out, lse and every gradient on the Triton kernels; the gradient that arrives at out is 1."""
-    leaves: dict[str, Any] = {
-        name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()
-    }
+    leaves: dict[str, Any] = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
     torch.manual_seed(0)
     with torch_flash2.force("triton"), testing.poisoned():
         out, lse = testing.run_attention(inputs._replace(**leaves))
@@ -244,9 +241,7 @@ def sees(inputs: oracle.Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_no_leak(options: dict[str, Any], poison: float, where: str) -> None:
     sizes = dict(heads=2, heads_kv=1, seqlen_q=70, seqlen_k=70, head_dim=16, head_dim_v=16)
-    case = Case(
-        "leak", **{"dtype": "fp32", **sizes, **options, "batch": len(options.get("documents", "1"))}
-    )
+    case = Case("leak", **{"dtype": "fp32", **sizes, **options, "batch": len(options.get("documents", "1"))})
     clean = case.inputs()
     bad = torch.tensor([3, 41, 42])
     column = 5

@@ -1,4 +1,5 @@
-"""Exact attention for PyTorch, as fast as the hardware allows, in Python. Importing this imports neither Triton nor CUDA."""
+"""Exact attention for PyTorch, as fast as the hardware allows, in Python. Importing this imports neither Triton nor
+CUDA."""
 
 from . import masks as masks
 from ._version import __version__ as __version__

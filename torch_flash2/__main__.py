@@ -24,9 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
         # bench has no options of its own, so that all of them, --help too, reach the benchmarks.
-        command = commands.add_parser(
-            name, help=text, description=text, add_help=name != "bench", allow_abbrev=False
-        )
+        command = commands.add_parser(name, help=text, description=text, add_help=name != "bench", allow_abbrev=False)
         module.add_arguments(command)
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "bench":

@@ -1,6 +1,7 @@
 """The public call.
 
-B batch entries or packed documents, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key,
+B batch entries or packed documents, H query heads, G key/value heads, M query rows, N keys, D head dim of query and
+key,
 Dv head dim of value.
 """
 
@@ -34,16 +35,18 @@ def attention(
 ) -> Any:
     """Exact attention, softmax(scale * query @ key.T + ...) @ value, with memory linear in the sequence lengths.
 
-    A score is, in this order: scale * (query . key); softcap * tanh(score / softcap); minus the ALiBi slope times the distance
-    of positions; plus the bias. Scores that the mask leaves enter the softmax, together with the head's sink; dropout then zeroes
-    probabilities and divides the others by 1 - dropout_p. A query row that sees no key gives 0.
+    A score is, in this order: scale * (query . key); softcap * tanh(score / softcap); minus the ALiBi slope times the
+    distance of positions; plus the bias. Scores that the mask leaves enter the softmax, together with the head's sink;
+    dropout then zeroes probabilities and divides the others by 1 - dropout_p. A query row that sees no key gives 0.
 
     Args:
         query: [B, H, M, D], float16, bfloat16 or float32, on any strides, as key and value are. D and Dv up to 512.
         key: [B, G, N, D]; H is a multiple of G, and query head h reads key head h // (H / G).
         value: [B, G, N, Dv].
-        mask: a Mask, its text ("causal & window(128, 0)"), or a bool tensor that broadcasts to [B, H, M, N] (True: attend); any of
-            them joined by `&`. Causal and window masks stand top-left unless they say otherwise ("causal @ bottom-right").
+        mask: a Mask, its text ("causal & window(128, 0)"), or a bool tensor that broadcasts to [B, H, M, N] (True:
+        attend); any of
+            them joined by `&`. Causal and window masks stand top-left unless they say otherwise ("causal @
+            bottom-right").
         bias: added to the scores; float32 or the query's dtype, broadcasts to [B, H, M, N]; has a gradient.
         softcap: positive number, or None.
         alibi_slopes: float32 [H] or [B, H]; a score loses slope * |m + shift - n|.
@@ -55,8 +58,8 @@ def attention(
         return_lse: also return the log-sum-exp.
 
     Returns:
-        out [B, H, M, Dv] in the query's dtype; with return_lse the pair (out, lse), lse being float32 [B, H, M], natural
-        logarithm, sinks included, -inf for a row that sees no key. Both have gradients.
+        out [B, H, M, Dv] in the query's dtype; with return_lse the pair (out, lse), lse being float32 [B, H, M],
+        natural logarithm, sinks included, -inf for a row that sees no key. Both have gradients.
 
     Raises:
         TypeError, ValueError: an argument breaks the rule that the message names.
@@ -89,7 +92,8 @@ def _call(
     bands, dense = _split_mask(mask)
     seed = None
     if dropout_p > 0:
-        # Two words per call: the generator's state moves on, so a checkpoint's replay and a CUDA graph's replay both get theirs.
+        # Two words per call: the generator's state moves on, so a checkpoint's replay and a CUDA graph's replay both
+        # get theirs.
         seed = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=query.device)
     cu_q, cu_k, used_q, used_k, max_q, max_k = lengths if lengths is not None else Lengths()
     return Call(
@@ -161,7 +165,8 @@ def explain(
     needs_grad: bool | None = None,
     **keywords: Any,
 ) -> Explanation:
-    """What `attention` would do with these arguments, without doing it: kernel, configuration, and every rejection's reasons.
+    """What `attention` would do with these arguments, without doing it: kernel, configuration, and every rejection's
+    reasons.
 
     Args:
         query, key, value, mask: as for `attention`.

@@ -22,8 +22,6 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from . import settings
 from .problem import Problem
 
@@ -99,7 +97,8 @@ def force(kernel: str, config: Mapping[str, Any] | None = None) -> Iterator[None
 
     Args:
         kernel: "triton", "cpu" or "reference".
-        config: fields of the kernel's configuration to override, for example {"BLOCK_M": 64}; those that a direction does not have
+        config: fields of the kernel's configuration to override, for example {"BLOCK_M": 64}; those that a direction
+        does not have
             are left to the other. A compiled function keeps the choice of the moment in which it was traced.
 
     Raises:
@@ -119,10 +118,24 @@ def encode_force(kernel: str, config: Mapping[str, Any] | None) -> str:
     return f"{kernel} {json.dumps(dict(config), sort_keys=True)}" if config else kernel
 
 
-@torch.compiler.assume_constant_result
 def forced() -> str | None:
     """The choice that `force` or TORCH_FLASH2_KERNEL makes here, as the text that travels through the ops."""
     return _forced.get() or settings.forced_kernel()
+
+
+# What torch.compiler.assume_constant_result does: a compiled function keeps the choice of the moment in which it was
+# traced. The decorator itself would import torch._dynamo, one second, with this package.
+forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _override(config: Any, chosen: Mapping[str, Any]) -> Any:
+    """The config with those fields of `chosen` that it has; a mapping overrides fields of a part."""
+    parts = {
+        name: _override(getattr(config, name), value) if isinstance(value, Mapping) else value
+        for name, value in chosen.items()
+        if name in config._fields
+    }
+    return config._replace(**parts)
 
 
 def select(problem: Problem, force: str | None = None) -> Plan:
@@ -143,8 +156,7 @@ def _select(problem: Problem, force: str | None) -> Plan:
         if not reasons:
             config = kernel(candidate, problem.direction).config(problem)
             if overrides and config is not None:
-                chosen = {key: value for key, value in json.loads(overrides).items() if key in config._fields}
-                config = config._replace(**chosen)
+                config = _override(config, json.loads(overrides))
             return Plan(problem, candidate, config, tuple(rejected), bool(name))
         rejected.append((candidate, reasons))
     lines = "\n".join(f"  {candidate}: {'; '.join(reasons)}" for candidate, reasons in rejected)

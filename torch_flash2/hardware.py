@@ -8,7 +8,8 @@ import os
 
 import torch
 
-# Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, technical specifications).
+# Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, technical
+# specifications).
 SHARED_MEMORY = {
     (8, 0): 166912,
     (8, 6): 101376,
@@ -21,7 +22,8 @@ SHARED_MEMORY = {
     (12, 0): 101376,
     (12, 1): 101376,
 }
-# Multiprocessors of the usual card of that capability, where none is here to ask: A100, A40, L40S, H100, B200, RTX 5090.
+# Multiprocessors of the usual card of that capability, where none is here to ask: A100, A40, L40S, H100, B200, RTX
+# 5090.
 MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (12, 0): 170}
 
 
@@ -39,7 +41,11 @@ class Hardware:
     shared_memory: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name} (sm{self.capability[0]}{self.capability[1]})" if self.type == "cuda" else self.name or self.type
+        return (
+            f"{self.name} (sm{self.capability[0]}{self.capability[1]})"
+            if self.type == "cuda"
+            else self.name or self.type
+        )
 
 
 CPU = Hardware("cpu", "CPU")
@@ -56,14 +62,17 @@ def simulated(arch: str) -> Hardware:
     if capability not in SHARED_MEMORY:
         known = ", ".join(f"sm{major}{minor}" for major, minor in SHARED_MEMORY)
         raise ValueError(f"unknown architecture {arch!r}; known are {known}")
-    return Hardware("cuda", f"simulated {arch}", capability, MULTIPROCESSORS.get(capability, 64), SHARED_MEMORY[capability])
+    return Hardware(
+        "cuda", f"simulated {arch}", capability, MULTIPROCESSORS.get(capability, 64), SHARED_MEMORY[capability]
+    )
 
 
 @functools.cache
 def of(device: torch.device) -> Hardware:
     """The hardware behind a torch device.
 
-    TRITON_OVERRIDE_ARCH, Triton's own variable, also decides here: then tables and limits are those of the code that runs.
+    TRITON_OVERRIDE_ARCH, Triton's own variable, also decides here: then tables and limits are those of the code that
+    runs.
     """
     if device.type != "cuda":
         return CPU if device.type == "cpu" else Hardware(device.type, device.type)

@@ -1,8 +1,8 @@
 """Masks: which keys a query row may see, as an intersection of bands.
 
-A band gives, for a query row, the half-open interval of keys that it sees, and for a key the interval of query rows that see
-it. Positions are local to a segment (a batch entry, or one packed document). A Mask is an intersection (`&`) of bands with one
-alignment; it holds no tensors, and its text is its identity: `parse(str(mask)) == mask`.
+A band gives, for a query row, the half-open interval of keys that it sees, and for a key the interval of query rows
+that see it. Positions are local to a segment (a batch entry, or one packed document). A Mask is an intersection (`&`)
+of bands with one alignment; it holds no tensors, and its text is its identity: `parse(str(mask)) == mask`.
 
     masks.causal() & masks.window(left=128, right=0)
     masks.parse("causal & window(128, 0)")

@@ -1,7 +1,7 @@
 """The ops `torch.ops.torch_flash2.forward` and `.backward`: the only door between PyTorch and the kernels.
 
-Defined with torch.library.Library: fakes, autograd, autocast, vmap and flop formulas are all here. The arguments are those of
-problem.Call, in its order.
+Defined with torch.library.Library: fakes, autograd, autocast, vmap and flop formulas are all here. The arguments are
+those of problem.Call, in its order.
 
 B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 """
@@ -12,9 +12,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from . import dispatch, problem
+from . import dispatch, flops, problem
 from .problem import Call, Gradients, Saved
 
 _ARGUMENTS = (
@@ -71,7 +70,9 @@ def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
     saved, call = _split(arguments)
     tensors = (call.query, call.key, call.value, call.bias, call.sinks)
-    gradients = [torch.empty_like(t) if want and t is not None else None for t, want in zip(tensors, saved.wanted, strict=True)]
+    gradients = [
+        torch.empty_like(t) if want and t is not None else None for t, want in zip(tensors, saved.wanted, strict=True)
+    ]
     return tuple(call.query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -84,7 +85,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *tensors)
     # Tensors go through save_for_backward; their places in the call are kept as `...`.
-    ctx.call = Call(*(... if isinstance(value, torch.Tensor) else value for value in call))
+    ctx.call = tuple(... if isinstance(value, torch.Tensor) else value for value in call)
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
@@ -144,7 +145,9 @@ _library.impl("forward", _autocast("cpu"), "AutocastCPU")
 @torch.library.register_vmap("torch_flash2::forward", lib=_library)
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
     call, dims, size = Call(*arguments), Call(*in_dims), info.batch_size
-    packed = any(getattr(call, name) is not None for name in ("cu_q", "cu_k", "used_q", "used_k", "block_table", "seed"))
+    packed = any(
+        getattr(call, name) is not None for name in ("cu_q", "cu_k", "used_q", "used_k", "block_table", "seed")
+    )
     mapped = [name for name in Call._fields if isinstance(getattr(dims, name), int)]
     per_batch = {name for name in ("dense", "bias") if getattr(call, name) is not None}
     if packed or per_batch or any(name not in ("query", "key", "value") for name in mapped):
@@ -161,26 +164,13 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, An
 
 def _entry(call: Call, dims: Call, index: int) -> list[Any]:
     pairs = zip(call, dims, strict=True)
-    return [value.select(dim, index) if isinstance(dim, int) and isinstance(value, torch.Tensor) else value for value, dim in pairs]
+    return [
+        value.select(dim, index) if isinstance(dim, int) and isinstance(value, torch.Tensor) else value
+        for value, dim in pairs
+    ]
 
 
-# FLOPs, counted as PyTorch counts its own attention: every pair of row and key, masked or not.
-
-
-def _pairs(query: torch.Size, key: torch.Size) -> int:
-    B, H, M, _ = query
-    return B * H * M * key[2]
-
-
-@register_flop_formula(torch.ops.torch_flash2.forward)
-def _forward_flops(query: Any, key: Any, value: Any, *arguments: Any, **keywords: Any) -> int:
-    return 2 * _pairs(query, key) * (query[3] + value[3])
-
-
-@register_flop_formula(torch.ops.torch_flash2.backward)
-def _backward_flops(out: Any, lse: Any, do: Any, dlse: Any, wanted: Any, query: Any, key: Any, value: Any, *rest: Any, **kw: Any) -> int:
-    # The scores again, and two products for each of dQ, dK (with D) and dP, dV (with Dv).
-    return 2 * _pairs(query, key) * (3 * query[3] + 2 * value[3])
+flops.register_when_imported()
 
 
 def plans(call: Call, needs_grad: bool, bias_grad: bool) -> list[dispatch.Plan]:
@@ -189,4 +179,7 @@ def plans(call: Call, needs_grad: bool, bias_grad: bool) -> list[dispatch.Plan]:
     found = [dispatch.select(posed, call.force)]
     if needs_grad:
         found.append(dispatch.select(dataclasses.replace(posed, direction="backward"), call.force))
-    return [dataclasses.replace(plan, problem=dataclasses.replace(posed, direction=plan.problem.direction)) for plan in found]
+    return [
+        dataclasses.replace(plan, problem=dataclasses.replace(posed, direction=plan.problem.direction))
+        for plan in found
+    ]

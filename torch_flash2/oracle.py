@@ -90,9 +90,7 @@ class _Chunk(NamedTuple):
             return (self.heads,)
         # A bias or dense mask: the part of each dimension in which it varies.
         parts = (slice(self.segment, self.segment + 1), self.heads, rows, keys)
-        return tuple(
-            slice(0, 1) if n == 1 else part for n, part in zip(tensor.shape, parts, strict=True)
-        )
+        return tuple(slice(0, 1) if n == 1 else part for n, part in zip(tensor.shape, parts, strict=True))
 
 
 # Scores that one chunk may have: bounds the memory.
@@ -147,9 +145,7 @@ def _chunks(inputs: Inputs) -> Iterator[_Chunk]:
         rows = min(max(_CHUNK // (group * max(N, 1)), 1), max(M, 1))
         for m in range(0, M, rows):
             part = slice(m, min(m + rows, M))
-            band = mask.visible(
-                torch.arange(part.start, part.stop, device=device)[:, None], n, M, N
-            )
+            band = mask.visible(torch.arange(part.start, part.stop, device=device)[:, None], n, M, N)
             seen = band.any(dim=0).nonzero()
             if len(seen) == 0:
                 continue
@@ -157,9 +153,7 @@ def _chunks(inputs: Inputs) -> Iterator[_Chunk]:
             heads = max(_CHUNK // (group * rows * (keys.stop - keys.start)), 1)
             for g in range(0, G, heads):
                 end = min(g + heads, G)
-                yield _Chunk(
-                    index, at, to, slice(g, end), slice(g * group, end * group), part, keys
-                )
+                yield _Chunk(index, at, to, slice(g, end), slice(g * group, end * group), part, keys)
 
 
 def _places(inputs: Inputs, side: str) -> list[_Place]:
@@ -170,9 +164,7 @@ def _places(inputs: Inputs, side: str) -> list[_Place]:
         places = [_Place(b, 0, tensor.shape[2]) for b in range(tensor.shape[0])]
     else:
         edges = cu.tolist()
-        places = [
-            _Place(0, start, end - start) for start, end in zip(edges, edges[1:], strict=False)
-        ]
+        places = [_Place(0, start, end - start) for start, end in zip(edges, edges[1:], strict=False)]
     if used is not None:
         places = [place._replace(length=n) for place, n in zip(places, used.tolist(), strict=True)]
     return places

@@ -1,6 +1,7 @@
 """Problem: everything about one attention call except the data, built and validated in one place.
 
-B batch entries or packed documents, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key,
+B batch entries or packed documents, H query heads, G key/value heads, M query rows, N keys, D head dim of query and
+key,
 Dv head dim of value.
 """
 
@@ -25,7 +26,8 @@ class Lengths(NamedTuple):
 
     `cu_q`, `cu_k` [B + 1]: cumulative starts of packed documents; the packed tensors are [1, heads, total, dim].
     `used_q`, `used_k` [B]: how many rows or keys of a segment count; the rest is padding, read by nobody, written as 0.
-    `max_q`, `max_k`: the longest segment, a hint that saves launching empty tiles; never needed, never read from the device.
+    `max_q`, `max_k`: the longest segment, a hint that saves launching empty tiles; never needed, never read from the
+    device.
     """
 
     cu_q: torch.Tensor | None = None
@@ -37,7 +39,8 @@ class Lengths(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Paged keys and values [pages, page_size, G, dim]: `block_table` int32 [B, pages per segment] names a segment's pages."""
+    """Paged keys and values [pages, page_size, G, dim]: `block_table` int32 [B, pages per segment] names a segment's
+    pages."""
 
     block_table: torch.Tensor
     page_size: int
@@ -72,7 +75,8 @@ class Call(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward has besides the call: the forward's results, the gradients that arrive, and which are wanted."""
+    """What the backward has besides the call: the forward's results, the gradients that arrive, and which are
+    wanted."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -96,8 +100,9 @@ class Problem:
     """Everything about one call except the data; sizes may be symbolic while tracing.
 
     `batch` counts segments; `seqlen_q` and `seqlen_k` are those of the tensors as stored, so totals where packed.
-    `steps` names the score steps, `lengths` the length tensors that are present. `bias_dims` says in which of (B, H, M, N) the bias
-    varies. `layout` is "aligned" (unit stride on D, everything else a multiple of 16 bytes), "unit" (unit stride on D) or "strided".
+    `steps` names the score steps, `lengths` the length tensors that are present. `bias_dims` says in which of (B, H, M,
+    N) the bias varies. `layout` is "aligned" (unit stride on D, everything else a multiple of 16 bytes), "unit" (unit
+    stride on D) or "strided".
     """
 
     direction: str
@@ -212,14 +217,16 @@ def validate(call: Call) -> Mask:
     query, key, value = call.query, call.key, call.value
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions [batch, heads, seqlen, head_dim], got shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, heads, seqlen, head_dim], got shape {tuple(tensor.shape)}"
+            )
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"query, key and value must have one dtype, got {query.dtype} and {name} {tensor.dtype}")
-    for name, tensor in zip(call._fields, call, strict=True):
-        if isinstance(tensor, torch.Tensor) and tensor.device != query.device:
-            raise TypeError(f"every tensor must be on the query's device {query.device}, got {name} on {tensor.device}")
+    for name, argument in zip(call._fields, call, strict=True):
+        if isinstance(argument, torch.Tensor) and argument.device != query.device:
+            raise TypeError(f"every tensor must be on {query.device} as the query is, got {name} on {argument.device}")
     if call.block_table is None:
         _check_key_value(query, key, value)
     _check_lengths(call)
@@ -228,8 +235,8 @@ def validate(call: Call) -> Mask:
     late = [name for name in ("used_k", "block_table") if getattr(call, name) is not None]
     if mask.bands and mask.align is None and late:
         raise ValueError(
-            f"mask {mask} with {late[0]} needs an explicit alignment: say align='bottom-right' (the last query row stands at the "
-            "last used key, as in decoding) or align='top-left' (row 0 stands at key 0)"
+            f"mask {mask} with {late[0]} needs an explicit alignment: say align='bottom-right' (the last query row "
+            "stands at the last used key, as in decoding) or align='top-left' (row 0 stands at key 0)"
         )
     return mask
 
@@ -241,7 +248,8 @@ def _check_key_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         raise ValueError(f"head_dim must be at least 1, got query {tuple(query.shape)} and value {tuple(value.shape)}")
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"key and value must agree in batch, heads and seqlen, got {tuple(key.shape[:3])} and {tuple(value.shape[:3])}"
+            "key and value must agree in batch, heads and seqlen, "
+            f"got {tuple(key.shape[:3])} and {tuple(value.shape[:3])}"
         )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1] != 0:
         raise ValueError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]}")
@@ -272,9 +280,9 @@ def _check_lengths(call: Call) -> None:
         if tensor.shape[0] != batch:
             why = "a packed tensor has batch 1" if cu is not None else f"the call has {count} segments"
             raise ValueError(f"{name} must have batch {batch} ({why}), got {tensor.shape[0]}")
-    for name, size in (("max_q", call.max_q), ("max_k", call.max_k)):
-        if size is not None and size < 0:
-            raise ValueError(f"{name} must not be negative, got {size}")
+    for name, hint in (("max_q", call.max_q), ("max_k", call.max_k)):
+        if hint is not None and hint < 0:
+            raise ValueError(f"{name} must not be negative, got {hint}")
 
 
 def stored_shape(call: Call) -> tuple[int, int, int, int]:
@@ -292,7 +300,9 @@ def _check_scores(call: Call) -> None:
         if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, shape, strict=True)):
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} must broadcast to [B, H, M, N] = {list(shape)}")
     if call.dense is not None and call.dense.dtype != torch.bool:
-        raise TypeError(f"a mask tensor must be bool (True: attend), got {call.dense.dtype}; pass a float tensor as bias=")
+        raise TypeError(
+            f"a mask tensor must be bool (True: attend), got {call.dense.dtype}; pass a float tensor as bias="
+        )
     if call.bias is not None and call.bias.dtype not in (call.query.dtype, torch.float32):
         raise TypeError(f"bias must be float32 or the query's {call.query.dtype}, got {call.bias.dtype}")
     heads, batch = shape[1], segments(call)
@@ -372,7 +382,9 @@ def tma_ready(tensor: torch.Tensor) -> bool:
     size = tensor.element_size()
     if tensor.stride(3) != 1 or tensor.data_ptr() % 16:
         return False
-    return all(s * size % 16 == 0 and s > 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if n != 1)
+    return all(
+        s * size % 16 == 0 and s > 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if n != 1
+    )
 
 
 def _wide(call: Call) -> bool:

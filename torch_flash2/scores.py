@@ -85,7 +85,9 @@ def dropout_key(seed: torch.Tensor) -> torch.Tensor:
     return seed & _LOW
 
 
-def keep(seed: torch.Tensor, b: torch.Tensor, h: torch.Tensor, m: torch.Tensor, n: torch.Tensor, dropout_p: float) -> torch.Tensor:
+def keep(
+    seed: torch.Tensor, b: torch.Tensor, h: torch.Tensor, m: torch.Tensor, n: torch.Tensor, dropout_p: float
+) -> torch.Tensor:
     """Which scores dropout keeps: a bool tensor of the shape that b, h, m, n broadcast to.
 
     Counter (b, h, m, n // 4), word n % 4; b, h, m, n are int64 tensors, m and n local to the segment.

@@ -18,9 +18,7 @@ def main(arguments: argparse.Namespace) -> int:
     assert torch_flash2.__file__ is not None
     root = Path(torch_flash2.__file__).parents[1]
     if not (root / "benchmarks" / "__main__.py").is_file():
-        raise FileNotFoundError(
-            f"the benchmarks are part of a checkout, not of the installed package: none in {root}"
-        )
+        raise FileNotFoundError(f"the benchmarks are part of a checkout, not of the installed package: none in {root}")
     sys.path.insert(0, str(root))
     sys.argv = ["benchmarks", *arguments.rest]
     runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)

@@ -163,15 +163,12 @@ def read_text(path: Path | None, least: int) -> Tensor:
     if len(text) < least:
         where = path or "the standard library's sources"
         raise ValueError(
-            f"the text must have at least {least} bytes, got {len(text)} from {where}; "
-            "--text FILE names another"
+            f"the text must have at least {least} bytes, got {len(text)} from {where}; --text FILE names another"
         )
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def batches(
-    text: Tensor, size: Size, count: int, seed: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(text: Tensor, size: Size, count: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Random windows of the text and the same moved on by one byte, int64 [B, M]."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
@@ -261,7 +258,7 @@ def sample(model: GPT, prompt: str, size: Size, seed: int, device: torch.device)
         window = seen + [0] * (size.context - len(seen))
         with precision(device):
             logits = model(torch.tensor([window], device=device))[0, len(seen) - 1]
-        probabilities = (logits.float() / 0.7).softmax(0)
+        probabilities = (logits.float() / 0.9).softmax(0)
         text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return bytes(text).decode("utf-8", errors="replace")
 
@@ -284,9 +281,7 @@ def save_curves(runs: list[Run], out: Path) -> Path:
     styles = (("-", "o", "tab:blue"), ("--", "x", "tab:orange"))
     for run, (line, marker, color) in zip(runs, styles, strict=False):
         label = f"{run.name}: {run.final:.3f} in {run.seconds:.0f} s"
-        axes.plot(
-            range(1, len(run.losses) + 1), run.losses, line, color=color, alpha=0.6, label=label
-        )
+        axes.plot(range(1, len(run.losses) + 1), run.losses, line, color=color, alpha=0.6, label=label)
         label = f"held out: {run.held_out[-1][1]:.3f}"
         checks = [step for step, _ in run.held_out]
         held_out = [loss for _, loss in run.held_out]

@@ -154,9 +154,7 @@ def _triton() -> Iterator[tuple[str, str]]:
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     # The cache is made at first use: until then its nearest parent decides.
     folder = next(path for path in (cache, *cache.parents) if path.exists())
-    state = (
-        "writable" if os.access(folder, os.W_OK | os.X_OK) else "not writable: set TRITON_CACHE_DIR"
-    )
+    state = "writable" if os.access(folder, os.W_OK | os.X_OK) else "not writable: set TRITON_CACHE_DIR"
     yield "cache", f"{cache}, {state}"
 
 

@@ -11,7 +11,8 @@ import torch
 
 
 class Strided(NamedTuple):
-    """A tensor [batch, head, row, col] by its pointer and strides in elements; `cols` is the size of the last dimension."""
+    """A tensor [batch, head, row, col] by its pointer and strides in elements; `cols` is the size of the last
+    dimension."""
 
     ptr: Any
     batch: int
@@ -23,9 +24,9 @@ class Strided(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Strided:
         """A tensor of up to 4 dimensions, [batch, head, row, col] from the right; stride 0 wherever its size is 1."""
-        missing = [0] * (4 - tensor.dim())
         strides = [0 if n == 1 else s for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
-        return cls(tensor, *missing, *strides, tensor.shape[-1] if tensor.dim() else 1)  # type: ignore[arg-type]
+        batch, head, row, col = [0] * (4 - tensor.dim()) + strides
+        return cls(tensor, batch, head, row, col, tensor.shape[-1] if tensor.dim() else 1)
 
 
 class Spans(NamedTuple):
@@ -50,7 +51,8 @@ class Sizes(NamedTuple):
     def coded(cls, *sizes: int) -> Sizes:
         """Sizes for a launch, which kernels read through `tiles.sizes_of`.
 
-        Triton compiles anew for an integer that is 1 or a multiple of 16, inside tuples whatever do_not_specialize says (seen in 3.6 and
+        Triton compiles anew for an integer that is 1 or a multiple of 16, inside tuples whatever do_not_specialize says
+        (seen in 3.6 and
         3.7). No size may decide what is compiled, so each travels as 2 * size + 3, which is neither.
         """
         return cls(*(2 * size + 3 for size in sizes))
@@ -79,9 +81,19 @@ class Operands(NamedTuple):
     seed: torch.Tensor | None
 
 
+class RowStats(NamedTuple):
+    """What the backward knows of each query row, fp32 [B * H, pitch]: its lse in log2 units (+inf, which makes every
+    probability 0, for a row that sees no key and for padding) and delta = rowsum(dO * O) - dLSE. pitch is a multiple of
+    128 and at least one more than a tile past the last row, so that loads need no mask and are known to be aligned."""
+
+    lse2: Any
+    delta: Any
+    pitch: int
+
+
 class Mode(NamedTuple):
-    """Compile-time numbers: tile sizes, whether the bands bound keys on the left, alignment, precision of products, whether
-    offsets inside a tile need 64 bits, and whether several query heads share a key head."""
+    """Compile-time numbers: tile sizes, whether the bands bound keys on the left, alignment, precision of products,
+    whether offsets inside a tile need 64 bits, and whether several query heads share a key head."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -105,7 +117,8 @@ class Steps(NamedTuple):
 
     @property
     def cache_key(self) -> str:
-        """Triton keys its disk cache on this; without it, on the functions' names alone, and an edited band would run stale."""
+        """Triton keys its disk cache on this; without it, on the functions' names alone, and an edited band would run
+        stale."""
         return "-".join(str(function.cache_key) for functions in self for function in functions)
 
 
@@ -122,20 +135,22 @@ class Rows(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What streams past a tile of keys: queries, output gradients and row statistics, and where the segment starts in them."""
+    """What streams past a tile of keys: queries, output gradients and row statistics, and where the segment starts in
+    them; and where dK and dV go, None where one is not wanted."""
 
     q: Any
     grad_out: Any
-    lse: Any
-    delta: Any
+    grad_k: Any
+    grad_v: Any
+    stats: Any
     batch_q: Any
     start_q: Any
     start_k: Any
 
 
 class Place(NamedTuple):
-    """Where a tile of query rows lies: its first row in the segment, the segment's batch entry, start and stored rows in the query,
-    and its batch entry and start in the keys."""
+    """Where a tile of query rows lies: its first row in the segment, the segment's batch entry, start and stored rows
+    in the query, and its batch entry and start in the keys."""
 
     row: Any
     batch_q: Any
@@ -146,7 +161,8 @@ class Place(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile's fixed side: its positions and the first of them, the interval that each sees, the segment's shift, rows and keys."""
+    """A tile's fixed side: its positions and the first of them, the interval that each sees, the segment's shift, rows
+    and keys."""
 
     at: Any
     first: Any
@@ -167,8 +183,8 @@ class Span(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What all tiles of one head of one segment share: the softmax scale, the factor from scores to log2 units, the steps' prepared
-    operands, Dropout or None, and the dense mask's (pointer, row stride, col stride) or None."""
+    """What all tiles of one head of one segment share: the softmax scale, the factor from scores to log2 units, the
+    steps' prepared operands, Dropout or None, and the dense mask's (pointer, row stride, col stride) or None."""
 
     scale: Any
     scale2: Any

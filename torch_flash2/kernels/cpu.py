@@ -116,34 +116,32 @@ def _step(problem: Problem, rows: int) -> eager.Step:
 
 
 def _aten_forward(call: Call, causal: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The forward by ATen's kernel; None where its result is not finite.
+    """The forward by ATen's kernel; None where an input has NaN or infinities.
 
-    NaN may then come from a value that the row does not see: ATen multiplies it by 0.
+    ATen multiplies hidden values by 0, and short rows of scores lose a NaN.
     """
     out, lse = eager.outputs(call)
     for segment in eager.split(call, call.query.shape[0], call.key.shape[1]):
         if segment.M == 0 or segment.N == 0:
             continue
         part = segment.call(call)
-        inputs = map(_unit, (part.query, part.key, part.value))
+        inputs = [_unit(tensor) for tensor in (part.query, part.key, part.value)]
+        if not all(map(_finite, inputs)):
+            return None
         part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *inputs, 0.0, causal, scale=call.scale
         )
-        if not _finite(part_out):
-            return None
         segment.queries(out).copy_(part_out)
         segment.queries(lse).copy_(part_lse)
     return out, lse
 
 
 def _aten_backward(call: Call, saved: Saved, causal: bool) -> Gradients | None:
-    """The backward by ATen's kernel; None where it is not finite or the lse has a gradient."""
+    """The backward by ATen's kernel; None as for the forward, or where the lse has a gradient."""
     if saved.grad_out is None or saved.grad_lse is not None:
         return None
-    tensors = (call.query, call.key, call.value)
     query, key, value = (
-        torch.zeros_like(tensor) if want else None
-        for tensor, want in zip(tensors, saved.wanted[:3], strict=True)
+        torch.zeros_like(tensor) if want else None for tensor, want in zip(call[:3], saved.wanted[:3], strict=True)
     )
     sums = Gradients(query, key, value, None, None)
     for segment in eager.split(call, call.query.shape[0], call.key.shape[1]):
@@ -151,12 +149,13 @@ def _aten_backward(call: Call, saved: Saved, causal: bool) -> Gradients | None:
             continue
         part, state = segment.call(call), segment.saved(saved)
         assert state.grad_out is not None
-        inputs = map(_unit, (state.grad_out, part.query, part.key, part.value, state.out))
+        tensors = (state.grad_out, part.query, part.key, part.value, state.out)
+        inputs = [_unit(tensor) for tensor in tensors]
+        if not all(map(_finite, inputs)):
+            return None
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *inputs, state.lse, 0.0, causal, scale=call.scale
         )
-        if not all(map(_finite, gradients)):
-            return None
         for total, gradient in zip(segment.gradients(sums)[:3], gradients, strict=True):
             if total is not None:
                 total.add_(gradient)

@@ -121,9 +121,7 @@ def split(call: Call, entries: int, heads: int) -> Iterator[Segment]:
             yield Segment(b, *sizes, *place_q, *place_k)
 
 
-def _places(
-    count: int, stored: int, cu: torch.Tensor | None, used: torch.Tensor | None
-) -> list[tuple[int, int, int]]:
+def _places(count: int, stored: int, cu: torch.Tensor | None, used: torch.Tensor | None) -> list[tuple[int, int, int]]:
     """(batch entry, start, used length) of every segment of one side, within what is stored."""
     places = [(b, 0, stored) for b in range(count)]
     if cu is not None:
@@ -131,10 +129,7 @@ def _places(
         places = [(0, edges[b], max(edges[b + 1] - edges[b], 0)) for b in range(count)]
     if used is not None:
         lengths = used.tolist()
-        places = [
-            (b, start, min(max(n, 0), size))
-            for (b, start, size), n in zip(places, lengths, strict=True)
-        ]
+        places = [(b, start, min(max(n, 0), size)) for (b, start, size), n in zip(places, lengths, strict=True)]
     return places
 
 
@@ -304,9 +299,7 @@ def _sinks(call: Call, dtype: torch.dtype) -> torch.Tensor | None:
     return None if call.sinks is None else call.sinks.to(dtype)[None, :, None, None]
 
 
-def _scores(
-    call: Call, at: Block, query: torch.Tensor, key: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _scores(call: Call, at: Block, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores [B, H, R, K] after all steps, and their derivative by the first score, None for 1.
 
     Hidden pairs hold anything, NaN too; their slope is 0.
@@ -330,9 +323,7 @@ def _scores(
     return score, slope
 
 
-def _softmax(
-    score: torch.Tensor, sinks: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _softmax(score: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unnormalised probabilities [B, H, R, K], their totals and the lse, both [B, H, R, 1].
 
     A row whose scores are all -inf has probabilities 0, total 1 and lse -inf.

@@ -1,7 +1,9 @@
 """The bands of masks.py on the device, elementwise, for portable and Gluon kernels alike.
 
-Per band two functions: `<band>_keys(m, M, N, shift, numbers)` gives the interval [lo, hi) of keys that query row m sees,
-`<band>_queries(n, M, N, shift, numbers)` the interval of rows that see key n. Both are clipped to the segment by the caller.
+Per band two functions: `<band>_keys(m, M, N, shift, numbers)` gives the interval [lo, hi) of keys that query row m
+sees,
+`<band>_queries(n, M, N, shift, numbers)` the interval of rows that see key n. Both are clipped to the segment by the
+caller.
 
 M query rows, N keys of the segment; m, n positions in it; row m stands at key position m + shift.
 """

@@ -1,8 +1,9 @@
 """The score steps of scores.py on the device, elementwise, for portable and Gluon kernels alike.
 
-Per step: `<step>_prepare(operand, b, h)` loads what a program needs once, `<step>_value(score, operand, m, n, distance, inside)`
-is the step, `<step>_slope(output, operand)` its derivative as a function of its output. m and n are positions in the tensors as
-stored, of shapes that broadcast to the score tile in either orientation; inside says which scores exist.
+Per step: `<step>_prepare(operand, b, h)` loads what a program needs once, `<step>_value(score, operand, m, n, distance,
+inside)` is the step, `<step>_slope(output, operand)` its derivative as a function of its output. m and n are positions
+in the tensors as stored, of shapes that broadcast to the score tile in either orientation; inside says which scores
+exist.
 """
 
 import triton
@@ -90,7 +91,8 @@ def unit_slope(output, operand):
 
 @triton.jit
 def prepare(operands, batch, h, start_m, start_n, STEPS: tl.constexpr):
-    """What the steps need of one (batch, h), as a tuple; start_m and start_n are where the segment lies in dense operands."""
+    """What the steps need of one (batch, h), as a tuple; start_m and start_n are where the segment lies in dense
+    operands."""
     prepared = ()
     for i in tl.static_range(len(STEPS.PREPARE)):
         prepared = prepared + (STEPS.PREPARE[i](operands[i], batch, h, start_m, start_n),)

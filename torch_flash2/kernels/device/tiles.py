@@ -1,6 +1,7 @@
 """Where a program works and how it loads rows: shared by the portable kernels, forward and backward.
 
-B segments, H query heads, M query rows, N keys, D head dim. A "place" of a tensor is (batch, head, start): where its segment begins.
+B segments, H query heads, M query rows, N keys, D head dim. A "place" of a tensor is (batch, head, start): where its
+segment begins.
 """
 
 import triton
@@ -19,8 +20,8 @@ def sizes_of(coded):
 def tile_count(cu, B, length, BLOCK: tl.constexpr):
     """How many tiles of BLOCK rows the grid has for each head and (unless packed) batch entry.
 
-    Packed: segment b owns the tiles from cu[b] // BLOCK + b on, which is always enough for it, and no length is read by the host;
-    one more pseudo-segment B holds the rows after the last document.
+    Packed: segment b owns the tiles from cu[b] // BLOCK + b on, which is always enough for it, and no length is read by
+    the host; one more pseudo-segment B holds the rows after the last document.
     """
     if cu is None:
         return tl.cdiv(length, BLOCK)
@@ -83,7 +84,8 @@ def extent(b, cu, used, B, length):
 
 @triton.jit
 def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """Rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's are 0, and rows past limit where CHECK."""
+    """Rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's are 0, and rows past limit where
+    CHECK."""
     x = rows.x
     r = tl.arange(0, BLOCK)
     if isinstance(x, tl.tensor_descriptor):
@@ -110,7 +112,11 @@ def store_rows(rows, row, limit, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
     r = tl.arange(0, BLOCK)
     c = tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
-    tl.store(_base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col), tile.to(x.ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
+        tile.to(x.ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -120,7 +126,9 @@ def load_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constex
     r = tl.arange(0, BLOCK)
     c = column + tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
-    return tl.load(_base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0)
+    return tl.load(
+        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
+    )
 
 
 @triton.jit
@@ -130,7 +138,11 @@ def store_columns(rows, row, limit, column, tile, BLOCK: tl.constexpr, COLS: tl.
     r = tl.arange(0, BLOCK)
     c = column + tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
-    tl.store(_base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col), tile.to(x.ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
+        tile.to(x.ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic, no atomics.
 
 B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
-With P the probabilities and delta = rowsum(dO * O) - dLSE: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K, dK = scale dS^T Q
-(Dao et al. 2022, arXiv 2205.14135, appendix B.4). Scores are recomputed in both kernels; nothing of size M * N is stored.
+With P the probabilities and delta = rowsum(dO * O) - dLSE: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K, dK
+= scale dS^T Q
+(Dao et al. 2022, arXiv 2205.14135, appendix B.4). Scores are recomputed in both kernels; nothing of size M * N is
+stored.
 """
 
 from __future__ import annotations
@@ -14,29 +16,36 @@ import triton
 import triton.language as tl
 
 from ...problem import Call, Gradients, Problem, Saved
-from ..bundles import Dropout, Head, Queries, Rows, Sizes, Strided, Tile
+from ..bundles import Dropout, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
 from ..device import bands, philox, scores, tiles
 from . import bias_gradient, launching, tables
-from .common import load_lse2, query_tile, score_gradient, visible_keys
+from .common import load_stats, query_tile, score_gradient, visible_keys
 from .tables import BackwardConfig
 
 
 @triton.jit
-def backward_delta(out, grad_out, lse_ptr, grad_lse_ptr, delta_ptr, coded_sizes, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """delta = rowsum(dO * O) - dLSE for one tile of rows; 0 for a row that sees no key."""
+def backward_stats(
+    out, grad_out, lse_ptr, grad_lse_ptr, stats, coded_sizes, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
+):
+    """RowStats of one tile of rows; a row that sees no key has delta 0."""
     sizes = tiles.sizes_of(coded_sizes)
-    count = tl.cdiv(sizes.M, BLOCK_M)
+    count = stats.pitch // BLOCK_M
     row = tl.program_id(0) % count * BLOCK_M
     bh = tl.program_id(0) // count
     m = row + tl.arange(0, BLOCK_M)
     o = tiles.load_rows(Rows(out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True)
-    do = tiles.load_rows(Rows(grad_out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True)
+    do = tiles.load_rows(
+        Rows(grad_out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True
+    )
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = tl.cast(bh, tl.int64) * sizes.M + m
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + at, mask=m < sizes.M, other=0.0)
-    seen = tl.load(lse_ptr + at, mask=m < sizes.M, other=0.0) != -float("inf")
-    tl.store(delta_ptr + at, tl.where(seen, delta, 0.0), mask=m < sizes.M)
+    lse = tl.load(lse_ptr + at, mask=m < sizes.M, other=-float("inf"))
+    seen = lse != -float("inf")
+    to = tl.cast(bh, tl.int64) * stats.pitch + m
+    tl.store(stats.lse2 + to, tl.where(seen, lse * scores.LOG2E, float("inf")))
+    tl.store(stats.delta + to, tl.where(seen, delta, 0.0))
 
 
 @triton.jit
@@ -44,7 +53,8 @@ def _accumulate_keys(
     dk, dv, k, v, inputs, hk, b, tile, span, sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dK (before the scale) and dV of a tile of keys, over the query tiles of a span that need a mask (MASKED) or need none.
+    """dK (before the scale) and dV of a tile of keys, over the query tiles of a span that need a mask (MASKED) or need
+    none.
 
     One loop runs over the tiles of all query heads of the group, so that loads are pipelined across heads.
     """
@@ -78,9 +88,7 @@ def _accumulate_keys(
         do_rows = Rows(inputs.grad_out, inputs.batch_q, h, inputs.start_q)
         q = tiles.load_rows(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE)
         do = tiles.load_rows(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE.WIDE)
-        row = tl.cast(inputs.batch_q * sizes.H + h, tl.int64) * sizes.M + inputs.start_q
-        lse2 = load_lse2(inputs.lse + row, m, tile.M)
-        delta = tl.load(inputs.delta + row + m, mask=m < tile.M, other=0.0)
+        lse2, delta = load_stats(inputs.stats, inputs.batch_q * sizes.H + h, inputs.start_q + m)
         # Transposed tiles [BLOCK_N, BLOCK_M]: P and dS are the left operands of both products.
         s = tl.dot(k, q.T, input_precision=MODE.PRECISION)
         inside = (m < tile.M)[None, :] & (n < tile.N)[:, None]
@@ -91,27 +99,31 @@ def _accumulate_keys(
             if head.dense is not None:
                 visible = visible & (tiles.load_at(head.dense, m[None, :], n[:, None], visible & inside) != 0)
             p = tl.where(visible, p, 0.0)
-        dp = tl.dot(v, do.T, input_precision=MODE.PRECISION)
+        dropped = p
         if head.dropout is not None:
             kept = philox.keep_tile(head.dropout, m, tile.first, MODE.BLOCK_M, MODE.BLOCK_N).T
-            dv = tl.dot(tl.where(kept, p, 0.0).to(do.dtype), do, dv, input_precision=MODE.PRECISION)
-            dp = tl.where(kept, dp * scoring.inverse_keep, 0.0)
-        else:
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=MODE.PRECISION)
-        ds = p * (dp - delta[None, :]) * slope
-        if MASKED:
-            # A masked value may be NaN, and 0 * NaN is NaN.
-            ds = tl.where(visible, ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=MODE.PRECISION)
+            dropped = tl.where(kept, p, 0.0)
+        if inputs.grad_v is not None:
+            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=MODE.PRECISION)
+        if inputs.grad_k is not None:
+            dp = tl.dot(v, do.T, input_precision=MODE.PRECISION)
+            if head.dropout is not None:
+                dp = tl.where(kept, dp * scoring.inverse_keep, 0.0)
+            ds = p * (dp - delta[None, :]) * slope
+            if MASKED:
+                # A masked value may be NaN, and 0 * NaN is NaN.
+                ds = tl.where(visible, ds, 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=MODE.PRECISION)
     return dk, dv
 
 
 @triton.jit
 def backward_keys(
-    q, k, v, grad_out, lse_ptr, delta_ptr, grad_k, grad_v, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, grad_out, stats, grad_k, grad_v, spans, coded_sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys of one key/value head, summed over the query heads of its group."""
+    """dK and dV (one of them where the other's tensor is None) of one tile of keys of one key/value head, summed over
+    the query heads of its group."""
     BLOCK_N: tl.constexpr = MODE.BLOCK_N
     BLOCK_D: tl.constexpr = MODE.BLOCK_D
     BLOCK_DV: tl.constexpr = MODE.BLOCK_DV
@@ -134,25 +146,32 @@ def backward_keys(
 
     # The key and value tiles stay; the loops stream queries and output gradients, head after head of the group.
     k_tile = tiles.load_rows(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE.WIDE)
-    v_tile = tiles.load_rows(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.WIDE)
+    v_tile = k_tile
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    inputs = Queries(q, grad_out, lse_ptr, delta_ptr, batch_q, start_q, start_k)
-    dk, dv = _accumulate_keys(dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True)
+    if grad_k is not None:
+        v_tile = tiles.load_rows(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.WIDE)
+    inputs = Queries(q, grad_out, grad_k, grad_v, stats, batch_q, start_q, start_k)
+    dk, dv = _accumulate_keys(
+        dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
+    )
     if rules.dense is None:
         dk, dv = _accumulate_keys(
             dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, False
         )
     used = (n < used_k)[:, None]
-    dk = tl.where(used, dk * scoring.scale, 0.0)
-    dv = tl.where(used, dv * scoring.inverse_keep, 0.0)
-    tiles.store_rows(Rows(grad_k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N, BLOCK_D)
-    tiles.store_rows(Rows(grad_v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N, BLOCK_DV)
+    if grad_k is not None:
+        dk = tl.where(used, dk * scoring.scale, 0.0)
+        tiles.store_rows(Rows(grad_k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N, BLOCK_D)
+    if grad_v is not None:
+        dv = tl.where(used, dv * scoring.inverse_keep, 0.0)
+        tiles.store_rows(Rows(grad_v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit
 def _score_gradient(
-    q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr
+    q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr, MASKED:
+    tl.constexpr
 ):  # fmt: skip
     """dS [BLOCK_M, BLOCK_N] of a tile of rows and keys n0 .. n0 + BLOCK_N, with respect to scale * product."""
     m = tile.at
@@ -175,9 +194,11 @@ def _score_gradient(
 
 @triton.jit
 def _accumulate_carefully(
-    grad, q, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE: tl.constexpr, STEPS: tl.constexpr
+    grad, q, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE: tl.constexpr, STEPS:
+    tl.constexpr
 ):  # fmt: skip
-    """dQ again where some key is NaN or infinite: keys made finite, and an element NaN only where its row sees one that was not.
+    """dQ again where some key is NaN or infinite: keys made finite, and an element NaN only where its row sees one that
+    was not.
 
     Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
     """
@@ -219,7 +240,8 @@ def _accumulate_queries(
 
 @triton.jit
 def backward_queries(
-    q, k, k_plain, v, grad_out, lse_ptr, delta_ptr, grad_q, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS: tl.constexpr,
+    q, k, k_plain, v, grad_out, stats, grad_q, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
+    tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of query rows of one head."""
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
@@ -240,11 +262,13 @@ def backward_queries(
     head = Head(scoring.scale, scale2, steps, dropout, dense)
 
     # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
-    q_tile = tiles.load_rows(Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.WIDE)
-    do = tiles.load_rows(Rows(grad_out, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.WIDE)
-    row = tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q
-    lse2 = load_lse2(lse_ptr + row, tile.at, tile.M)
-    delta = tl.load(delta_ptr + row + tile.at, mask=tile.at < tile.M, other=0.0)
+    q_tile = tiles.load_rows(
+        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.WIDE
+    )
+    do = tiles.load_rows(
+        Rows(grad_out, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.WIDE
+    )
+    lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _accumulate_queries(
         dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
@@ -261,7 +285,9 @@ def backward_queries(
         # NaN here may come from a key that no row of the tile sees.
         if tl.max(tl.max((dq != dq).to(tl.int32), 1), 0) > 0:
             plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
-            _accumulate_carefully(grad, q_tile, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE, STEPS)
+            _accumulate_carefully(
+                grad, q_tile, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE, STEPS
+            )
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -288,56 +314,72 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
     tensors = (call.query, call.key, call.value, call.bias, call.sinks)
-    found = Gradients(*(torch.empty_like(t) if want and t is not None else None for t, want in zip(tensors, wanted, strict=True)))
+    found = Gradients(
+        *(torch.empty_like(t) if want and t is not None else None for t, want in zip(tensors, wanted, strict=True))
+    )
     if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
         for gradient in found:
             if gradient is not None:
                 gradient.zero_()
         return found
-    delta = torch.empty_like(lse)
-    _launch_delta(call, out, lse, grad_out, grad_lse, delta)
+    stats = _launch_stats(call, out, lse, grad_out, grad_lse)
     if wanted[0]:
-        _launch_queries(problem, config.q, call, grad_out, lse, delta, found.query)
-    if wanted[1] or wanted[2]:
-        grad_k = found.key if found.key is not None else torch.empty_like(call.key)
-        grad_v = found.value if found.value is not None else torch.empty_like(call.value)
-        _launch_keys(problem, config.kv, call, grad_out, lse, delta, grad_k, grad_v)
+        _launch_queries(problem, config.q, call, grad_out, stats, found.query)
+    if config.v is not None:
+        _launch_keys(problem, config.kv, call, grad_out, stats, found.key, None)
+        _launch_keys(problem, config.v, call, grad_out, stats, None, found.value)
+    else:
+        _launch_keys(problem, config.kv, call, grad_out, stats, found.key, found.value)
     if wanted[3]:
-        bias_gradient.launch(problem, config.q, call, grad_out, lse, delta, found.bias)
+        bias_gradient.launch(problem, config.bias, call, grad_out, stats, found.bias)
     if wanted[4]:
         assert call.sinks is not None and found.sinks is not None
+        B, H, M = lse.shape
+        delta = stats.delta.view(B, H, stats.pitch)[:, :, :M]
         sink = torch.exp(call.sinks.to(torch.float32)[None, :, None] - lse)
         found.sinks.copy_(-torch.where(lse == -torch.inf, 0.0, sink * delta).sum((0, 2)))
     return found
 
 
-def _launch_delta(
-    call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, delta: torch.Tensor
-) -> None:
+def _launch_stats(
+    call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
+) -> RowStats:
     B, H, M, Dv = out.shape
     block_dv = tables.block_dim(Dv)
-    block_m = max(1, min(64, 8192 // block_dv))
-    sizes = Sizes.coded(B, H, 1, M, 0)
+    block_m = min(64, 8192 // block_dv)
+    pitch = (triton.cdiv(M, 128) + 1) * 128
+    lse2, delta = lse.new_empty(2, B * H * pitch)
+    stats = RowStats(lse2, delta, pitch)
     grad_lse = grad_lse.contiguous() if grad_lse is not None else None
-    arguments = (Strided.of(out), Strided.of(grad_out), lse, grad_lse, delta, sizes, block_m, block_dv)
-    programs = B * H * triton.cdiv(M, block_m)
-    launching.launch(backward_delta, programs, call.query.device, arguments, num_warps=4)
+    arguments = (
+        Strided.of(out),
+        Strided.of(grad_out),
+        lse,
+        grad_lse,
+        stats,
+        Sizes.coded(B, H, 1, M, 0),
+        block_m,
+        block_dv,
+    )
+    launching.launch(backward_stats, B * H * pitch // block_m, call.query.device, arguments, num_warps=4)
+    return stats
 
 
 def _launch_keys(
-    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
-    grad_k: torch.Tensor, grad_v: torch.Tensor,
+    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats,
+    grad_k: torch.Tensor | None, grad_v: torch.Tensor | None,
 ) -> None:  # fmt: skip
+    if grad_k is None and grad_v is None:
+        return
     mode = launching.mode(problem, config)
     arguments = (
         launching.load(config, call.query, config.BLOCK_M, mode.BLOCK_D),
         Strided.of(call.key),
         Strided.of(call.value),
         launching.load(config, grad_out, config.BLOCK_M, mode.BLOCK_DV),
-        lse,
-        delta,
-        Strided.of(grad_k),
-        Strided.of(grad_v),
+        stats,
+        None if grad_k is None else Strided.of(grad_k),
+        None if grad_v is None else Strided.of(grad_v),
         *launching.bundle(problem, call),
         mode,
         launching.steps(problem),
@@ -347,7 +389,7 @@ def _launch_keys(
 
 
 def _launch_queries(
-    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
+    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats,
     grad_q: torch.Tensor | None,
 ) -> None:  # fmt: skip
     assert grad_q is not None
@@ -358,8 +400,7 @@ def _launch_queries(
         Strided.of(call.key),
         launching.load(config, call.value, config.BLOCK_N, mode.BLOCK_DV),
         Strided.of(grad_out),
-        lse,
-        delta,
+        stats,
         Strided.of(grad_q),
         *launching.bundle(problem, call),
         mode,

@@ -11,40 +11,40 @@ import triton
 import triton.language as tl
 
 from ...problem import Call, Problem
-from ..bundles import Dropout, Head, Rows, Sizes, Strided, Tile
+from ..bundles import Dropout, Head, Rows, RowStats, Sizes, Strided, Tile
 from ..device import bands, philox, scores, tiles
 from . import launching, tables
-from .common import load_lse2, score_gradient, visible_keys
+from .common import load_stats, score_gradient, visible_keys
 
 
 @triton.jit
 def _tile_gradient(
-    q, do, k, v, tile, n0, lse_ptr, delta_ptr, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr
+    q, do, k, v, tile, n0, lse2, delta, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr
 ):  # fmt: skip
-    """dS [BLOCK_M, BLOCK_N] of loaded tiles; positions before the segment are negative, and nothing is visible there."""
+    """dS [BLOCK_M, BLOCK_N] of loaded tiles; positions before the segment are negative, and nothing is visible
+    there."""
     m = tile.at
     n = n0 + tl.arange(0, MODE.BLOCK_N)
     exists = (m >= 0) & (m < tile.M)
     inside = exists[:, None] & ((n >= 0) & (n < tile.N))[None, :]
     s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
     s, slope = score_gradient(s, m[:, None], n[None, :], tile.shift, inside, head, STEPS)
-    p = tl.exp2(s * head.scale2 - load_lse2(lse_ptr, m, tile.M)[:, None])
+    p = tl.exp2(s * head.scale2 - lse2[:, None])
     dp = tl.dot(do, v.T, input_precision=MODE.PRECISION)
     if head.dropout is not None:
         # Documents need not start at a multiple of 4 here, so every element computes its own word.
         dp = tl.where(philox.keep_elements(head.dropout, m[:, None], n[None, :]), dp * inverse_keep, 0.0)
-    delta = tl.load(delta_ptr + m, mask=exists, other=0.0)
     visible = visible_keys(tile, n, head.dense, True) & (n >= 0)[None, :]
     return tl.where(visible, p * (dp - delta[:, None]), 0.0)
 
 
 @triton.jit
 def bias_gradient(
-    q, k, v, grad_out, lse_ptr, delta_ptr, grad_bias, spans, coded_sizes, rules, scoring, operands, coded_loops,
+    q, k, v, grad_out, stats, grad_bias, spans, coded_sizes, rules, scoring, operands, coded_loops,
     MODE: tl.constexpr, STEPS: tl.constexpr, VARIES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the bias's gradient. VARIES says in which of (B, H, M, N) the bias varies; the loops count its other segments,
-    heads, row tiles and key tiles, 1 where it varies."""
+    """One tile of the bias's gradient. VARIES says in which of (B, H, M, N) the bias varies; the loops count its other
+    segments, heads, row tiles and key tiles, 1 where it varies."""
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     BLOCK_N: tl.constexpr = MODE.BLOCK_N
     KEYS: tl.constexpr = STEPS.KEYS
@@ -78,16 +78,22 @@ def bias_gradient(
         dropout = None
         if operands.seed is not None:
             dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
-        head = Head(scoring.scale, scores.LOG2E, scores.prepare(operands.steps, b, h, start_q, start_k, STEPS), dropout, dense)
-        at = tl.cast(batch_q * sizes.H + h, tl.int64) * sizes.M + start_q
+        head = Head(
+            scoring.scale, scores.LOG2E, scores.prepare(operands.steps, b, h, start_q, start_k, STEPS), dropout, dense
+        )
+        lse2, delta = load_stats(stats, batch_q * sizes.H + h, start_q + m)
         if tl.max(hi, 0) > n0 and (n0 + BLOCK_N > 0 and first + BLOCK_M > 0):
-            q_tile = tiles.load_rows(Rows(q, batch_q, h, start_q), first, used_q, True, BLOCK_M, MODE.BLOCK_D, MODE.WIDE)
-            do = tiles.load_rows(Rows(grad_out, batch_q, h, start_q), first, used_q, True, BLOCK_M, MODE.BLOCK_DV, MODE.WIDE)
+            q_tile = tiles.load_rows(
+                Rows(q, batch_q, h, start_q), first, used_q, True, BLOCK_M, MODE.BLOCK_D, MODE.WIDE
+            )
+            do = tiles.load_rows(
+                Rows(grad_out, batch_q, h, start_q), first, used_q, True, BLOCK_M, MODE.BLOCK_DV, MODE.WIDE
+            )
             hk = h // sizes.group
             k_tile = tiles.load_rows(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
             v_tile = tiles.load_rows(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, MODE.BLOCK_DV, MODE.WIDE)
             total += _tile_gradient(
-                q_tile, do, k_tile, v_tile, tile, n0, lse_ptr + at, delta_ptr + at, head, scoring.inverse_keep, MODE, STEPS
+                q_tile, do, k_tile, v_tile, tile, n0, lse2, delta, head, scoring.inverse_keep, MODE, STEPS
             )  # fmt: skip
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,7 +110,7 @@ def bias_gradient(
 
 
 def launch(
-    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
+    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats,
     grad_bias: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Fill the bias's gradient."""
@@ -121,8 +127,7 @@ def launch(
         programs *= count if fixed else 1
     arguments = (
         *map(Strided.of, (call.query, call.key, call.value, grad_out)),
-        lse,
-        delta,
+        stats,
         Strided.of(grad_bias),
         *launching.bundle(problem, call),
         Sizes.coded(b, h, 1, m, n),

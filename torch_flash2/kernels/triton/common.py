@@ -23,7 +23,8 @@ def tile_scores(q, k, n, tile, head, MODE: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def score_gradient(s, m, n, shift, inside, head, STEPS: tl.constexpr):
-    """Scores from raw products, and the derivative of a score with respect to scale * product; m and n broadcast to the tile."""
+    """Scores from raw products, and the derivative of a score with respect to scale * product; m and n broadcast to the
+    tile."""
     slope = 1.0
     if len(STEPS.VALUE) > 0:
         s, slope = scores.apply_with_slope(s * head.scale, head.steps, m, n, m + shift - n, inside, STEPS)
@@ -31,10 +32,10 @@ def score_gradient(s, m, n, shift, inside, head, STEPS: tl.constexpr):
 
 
 @triton.jit
-def load_lse2(lse_ptr, m, M):
-    """The lse of rows m in log2 units; +inf, which makes every probability 0, for rows past M and rows that see no key."""
-    lse = tl.load(lse_ptr + m, mask=m < M, other=-float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
+def load_stats(stats, bh, m):
+    """lse in log2 units and delta of stored rows m of head and batch entry bh."""
+    at = tl.cast(bh, tl.int64) * stats.pitch + m
+    return tl.load(stats.lse2 + at), tl.load(stats.delta + at)
 
 
 @triton.jit

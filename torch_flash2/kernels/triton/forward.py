@@ -1,8 +1,8 @@
 """The portable forward: FlashAttention-2's loop (Dao 2023, arXiv 2307.08691) in Triton, sm80 and up.
 
 B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
-One program computes BLOCK_M query rows of one head. Tiles of keys that the bands rule out are never visited; those at an edge of the bands
-are masked (first loop), those inside are not (second loop).
+One program computes BLOCK_M query rows of one head. Tiles of keys that the bands rule out are never visited; those at
+an edge of the bands are masked (first loop), those inside are not (second loop).
 """
 
 from __future__ import annotations
@@ -61,11 +61,14 @@ def _attend(
 
 
 @triton.jit
-def _attend_carefully(out, lse, q, keys, values, place, tile, span, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr):
+def _attend_carefully(
+    out, lse, q, keys, values, place, tile, span, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr
+):
     """The output again, given the lse, where some value is NaN or infinite.
 
-    A masked score has weight 0, and 0 * NaN is NaN: values are made finite here, and an element is NaN only where its row sees one that
-    was not. Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
+    A masked score has weight 0, and 0 * NaN is NaN: values are made finite here, and an element is NaN only where its
+    row sees one that was not. Sixteen columns at a time, because registers that this path needs would be spilled in the
+    main loops.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     lse2 = tl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
@@ -79,7 +82,9 @@ def _attend_carefully(out, lse, q, keys, values, place, tile, span, head, invers
             s = tl.where(visible, tile_scores(q, k, n, tile, head, MODE, STEPS), -float("inf"))
             p = tl.exp2(s * head.scale2 - lse2[:, None])
             if head.dropout is not None:
-                p = tl.where(philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0)
+                p = tl.where(
+                    philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0
+                )
             v, bad = tiles.finite(tiles.load_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16))
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
             taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
@@ -88,7 +93,8 @@ def _attend_carefully(out, lse, q, keys, values, place, tile, span, head, invers
 
 @triton.jit
 def attention_forward(
-    q, k, v, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS: tl.constexpr,
+    q, k, v, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
+    tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head: out [BLOCK_M, Dv] and lse [BLOCK_M]."""
     sizes = tiles.sizes_of(coded_sizes)
@@ -109,13 +115,13 @@ def attention_forward(
     # The query tile stays; the loops stream keys and values.
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     BLOCK_DV: tl.constexpr = MODE.BLOCK_DV
-    q_tile = tiles.load_rows(Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE)
+    q_tile = tiles.load_rows(
+        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE
+    )
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True
-    )
+    acc, row_max, row_sum = _attend(acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True)
     if rules.dense is None:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, False
@@ -141,7 +147,9 @@ def attention_forward(
         # NaN here may come from a value that no row of the tile sees.
         if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
             plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
-            _attend_carefully(out_rows, lse, q_tile, keys, plain, place, tile, span, head, scoring.inverse_keep, MODE, STEPS)
+            _attend_carefully(
+                out_rows, lse, q_tile, keys, plain, place, tile, span, head, scoring.inverse_keep, MODE, STEPS
+            )
 
 
 def why_not(problem: Problem) -> Iterator[str]:

@@ -25,7 +25,9 @@ from .tables import Config, block_dim
 INTERPRETED = triton.knobs.runtime.interpret
 
 # Called instead of a launch with (kernel, grid, arguments, options): compile-only tests and tuning set it.
-_instead: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar("torch_flash2_launch", default=None)
+_instead: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
+    "torch_flash2_launch", default=None
+)
 
 
 @contextlib.contextmanager
@@ -82,11 +84,14 @@ def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
-    """How tiles of `rows` rows of a tensor are loaded: by TMA descriptor where the strides allow it, else by pointer."""
+    """How tiles of `rows` rows of a tensor are loaded: by TMA descriptor where the strides allow it, else by
+    pointer."""
     if not config.tma or not problem_module.tma_ready(tensor):
         return Strided.of(tensor)
     # A dimension of size 1 may have any stride in PyTorch; TMA wants a multiple of 16 bytes even there.
-    strides = [s if n != 1 else 16 * tensor.shape[3] for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)]
+    strides = [
+        s if n != 1 else 16 * tensor.shape[3] for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
+    ]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, cols])
 
 
@@ -111,7 +116,9 @@ def steps(problem: Problem) -> Steps:
     run = _run_steps(problem)
     approximate = problem.dtype != torch.float32 and not INTERPRETED
     values = [f"{name}_approx_value" if approximate and name == "softcap" else f"{name}_value" for name in run]
-    slopes = [f"{name}_slope" if name in score_steps.STEPS and score_steps.STEPS[name].slope else "unit_slope" for name in run]
+    slopes = [
+        f"{name}_slope" if name in score_steps.STEPS and score_steps.STEPS[name].slope else "unit_slope" for name in run
+    ]
     return Steps(
         tuple(getattr(device_bands, f"{name}_keys") for name in names),
         tuple(getattr(device_bands, f"{name}_queries") for name in names),
@@ -122,7 +129,8 @@ def steps(problem: Problem) -> Steps:
 
 
 def _run_steps(problem: Problem) -> tuple[str, ...]:
-    """The score steps to run. A scale that is not positive cannot be moved behind the maximum: an empty step applies it first."""
+    """The score steps to run. A scale that is not positive cannot be moved behind the maximum: an empty step applies it
+    first."""
     return problem.steps if problem.positive_scale or problem.steps else ("scale",)
 
 
@@ -145,7 +153,11 @@ def bundle(problem: Problem, call: Call) -> tuple[Spans, Sizes, Rules, Scoring, 
     return (
         Spans(call.cu_q, call.cu_k, call.used_q, call.used_k),
         Sizes.coded(problem.batch, problem.heads, problem.group, call.query.shape[2], call.key.shape[2]),
-        Rules(tuple(band.numbers for band in problem.mask.bands), None if call.dense is None else Strided.of(call.dense)),
+        Rules(
+            tuple(band.numbers for band in problem.mask.bands), None if call.dense is None else Strided.of(call.dense)
+        ),
         Scoring(call.scale, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - call.dropout_p)),
-        Operands(tuple(operands[name] for name in _run_steps(problem)), call.sinks, call.seed if call.dropout_p > 0 else None),
+        Operands(
+            tuple(operands[name] for name in _run_steps(problem)), call.sinks, call.seed if call.dropout_p > 0 else None
+        ),
     )

@@ -56,7 +56,8 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def compile_call(module: Any, problem: Problem, config: Any, call: Call) -> list[Any]:
-    """Every kernel that `module.launch` would launch for a call, compiled for problem.hardware; each has metadata and asm."""
+    """Every kernel that `module.launch` would launch for a call, compiled for problem.hardware; each has metadata and
+    asm."""
     major, minor = problem.hardware.capability
     compiled: list[Any] = []
 

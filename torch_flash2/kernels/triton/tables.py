@@ -1,7 +1,7 @@
 """Configurations of the portable kernels: plain data in configs.json, each row with its provenance.
 
-D head dim of query and key, Dv of value. A row holds for one direction, one class of GPU, one element size and one bucket of head dims;
-head dims between buckets take the next.
+D head dim of query and key, Dv of value. A row holds for one direction, one class of GPU, one element size and one
+bucket of head dims; head dims between buckets take the next.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ class Config(NamedTuple):
 
 
 class BackwardConfig(NamedTuple):
-    """One way to run the backward: the kernel of dK and dV, and that of dQ (and of the bias gradient)."""
+    """One way to run the backward: the kernels of dK and dV, of dQ, and of the bias's gradient.
+
+    Where `v` is given, dK and dV are two launches, of kv and of v: one product more, and half the accumulators.
+    """
 
     kv: Config
     q: Config
+    bias: Config
+    v: Config | None = None
 
 
 def block_dim(head_dim: int) -> int:
@@ -62,17 +67,23 @@ def _rows() -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _row(kernel: str, gpu: str, bits: int, bucket: int, extras: bool) -> Config:
+def _row(kernel: str, gpu: str, bits: int, bucket: int, extras: bool) -> Config | None:
     matches = [
         row for row in _rows()
-        if (row["kernel"], row["gpu"], row["bits"], row["bucket"]) == (kernel, gpu, bits, bucket) and row.get("extras", extras) == extras
+        if (row["kernel"], row["gpu"], row["bits"], row["bucket"]) == (kernel, gpu, bits, bucket) and row.get("extras",
+        extras) == extras
     ]  # fmt: skip
-    assert len(matches) == 1, f"configs.json needs one row for {kernel} {gpu} {bits} {bucket} extras={extras}, has {len(matches)}"
+    if not matches and kernel == "backward_v":
+        return None
+    assert len(matches) == 1, (
+        f"configs.json needs one row for {kernel} {gpu} {bits} {bucket} extras={extras}, has {len(matches)}"
+    )
     return Config(**matches[0]["config"])
 
 
-def lookup(kernel: str, problem: Problem) -> Config:
-    """The row for a kernel: "forward", "backward_kv" or "backward_q"."""
+def lookup(kernel: str, problem: Problem) -> Config | None:
+    """The row for a kernel: "forward", "backward_kv", "backward_v", "backward_q" or "backward_bias". Only backward_v
+    may have none: then dK and dV are one launch."""
     bits = problem.dtype.itemsize * 8
     width = max(block_dim(problem.head_dim), block_dim(problem.head_dim_v))
     bucket = next(size for size in BUCKETS if width <= size)
@@ -80,7 +91,7 @@ def lookup(kernel: str, problem: Problem) -> Config:
     # Score steps, dropout and dense masks hold more in registers than the plain loop.
     extras = bool(problem.steps) or problem.dropout or problem.dense or not problem.positive_scale
     config = _row(kernel, gpu, bits, bucket, extras)
-    if problem.hardware.type == "cpu":
+    if config is not None and problem.hardware.type == "cpu":
         # Triton's interpreter: small tiles find more edges, and the cost is per tile.
         config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32))
     return config
@@ -88,12 +99,19 @@ def lookup(kernel: str, problem: Problem) -> Config:
 
 def forward(problem: Problem) -> Config:
     """The configuration of the forward."""
-    return lookup("forward", problem)
+    return _known("forward", problem)
 
 
 def backward(problem: Problem) -> BackwardConfig:
     """The configurations of the backward."""
-    return BackwardConfig(lookup("backward_kv", problem), lookup("backward_q", problem))
+    kv, q, bias = (_known(f"backward_{part}", problem) for part in ("kv", "q", "bias"))
+    return BackwardConfig(kv, q, bias, lookup("backward_v", problem))
+
+
+def _known(kernel: str, problem: Problem) -> Config:
+    config = lookup(kernel, problem)
+    assert config is not None, kernel
+    return config
 
 
 def sweep(problem: Problem) -> Iterator[Config]:

@@ -1,0 +1,149 @@
+"""Compile the Triton kernels for every architecture, with no GPU here, and hold them to its limits.
+
+    python test/compile_all.py [--arch sm90] [--dtype bf16] [--jobs 2]
+
+test_compile.py runs a fixed sample of the same matrix. D head dim of query and key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch_flash2 import dispatch, hardware, problem
+from torch_flash2.testing import DTYPES, Case
+
+ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+BUCKETS = (64, 128, 256, 512)
+DIRECTIONS = ("forward", "backward")
+# Tensor memory that one block may have on sm100, in columns.
+TENSOR_MEMORY = 512
+_PACKED: dict[str, Any] = dict(lengths="packed_used", documents=(1.0, 0.5))
+# Features that change what a kernel keeps on the chip; "odd" strides take the path without TMA.
+MIXES: dict[str, dict[str, Any]] = {
+    "plain": dict(mask="causal"),
+    "strided": dict(mask="causal", layout="odd"),
+    "scores": dict(mask="window(100, 3)", softcap=30.0, alibi=1, sinks=True),
+    "bias": dict(bias="HMN", dropout_p=0.1),
+    "packed": dict(mask="causal @ top-left", dense="BMN", layout="odd", **_PACKED),
+    "all": dict(
+        mask="causal & chunk(64) @ bottom-right", dense="BMN", bias="BHMN", bias_dtype="fp32",
+        softcap=30.0, alibi=2, sinks=True, dropout_p=0.1, **_PACKED,
+    ),
+}  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One call, in one direction, for one architecture."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    mix: str
+    direction: str
+
+
+class Outcome(NamedTuple):
+    """What one kernel of a job came to; `problem` is empty where it is within the limits."""
+
+    job: Job
+    kernel: str
+    shared: int
+    problem: str
+
+
+def matrix() -> Iterator[Job]:
+    """Every job."""
+    yield from map(Job._make, itertools.product(ARCHS, DTYPES, BUCKETS, MIXES, DIRECTIONS))
+
+
+def sample() -> Iterator[Job]:
+    """Every row of the table of configurations once, the other choices in turn.
+
+    Rows are shared by a class of GPUs; the classes with several take turns too.
+    """
+    turn = itertools.count()
+    classes = (("sm80",), ("sm86", "sm89", "sm120"), ("sm90",), ("sm100",))
+    for archs, dtypes, head_dim in itertools.product(classes, (("fp16", "bf16"), ("fp32",)), BUCKETS):
+        i = next(turn)
+        arch, dtype = archs[i % len(archs)], dtypes[i % len(dtypes)]
+        yield Job(arch, dtype, head_dim, list(MIXES)[i % len(MIXES)], "forward")
+        yield Job(arch, dtype, head_dim, ("all", "bias")[i // 2 % 2], "backward")
+
+
+def run_job(job: Job) -> list[Outcome]:
+    """Compile a job's kernels."""
+    import importlib
+
+    from torch_flash2.kernels.triton import offline
+
+    attention = importlib.import_module("torch_flash2.attention")
+    mix = MIXES[job.mix]
+    segments = len(mix.get("documents", "12"))
+    case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, job.head_dim, job.dtype, **mix)
+    inputs = case.inputs()
+    arguments = {"alibi_slopes": None, "pages": None, **inputs.keywords}
+    call = attention._call(*inputs.arguments, **arguments)
+    posed = problem.of(call, job.direction, bias_grad=inputs.bias is not None)
+    posed = dataclasses.replace(posed, hardware=hardware.simulated(job.arch))
+    try:
+        plan = dispatch.select(posed, "triton")
+        kernels = offline.compile_call(plan.module, posed, plan.config, call)
+    except Exception as error:
+        return [Outcome(job, "", 0, f"{type(error).__name__}: {str(error)[:500]}")]
+    limit = posed.hardware.shared_memory
+    outcomes = []
+    for kernel in kernels:
+        shared, tensor = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0
+        over = f"shared memory {shared} of {limit}, config {plan.config}" if shared > limit else ""
+        if tensor > TENSOR_MEMORY:
+            over += f" tensor memory {tensor} of {TENSOR_MEMORY}"
+        outcomes.append(Outcome(job, kernel.name, shared, over))
+    return outcomes
+
+
+def run(jobs: list[Job], workers: int, progress: bool = False) -> list[Outcome]:
+    """Compile jobs in processes of their own."""
+    start, outcomes = time.time(), []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for i, found in enumerate(pool.map(run_job, jobs)):
+            outcomes += found
+            if progress:
+                bad = sum(bool(outcome.problem) for outcome in outcomes)
+                line = f"{i + 1}/{len(jobs)} jobs, {len(outcomes)} kernels, {bad} failures"
+                print(f"\r{line}, {time.time() - start:.0f} s", end="", flush=True, file=sys.stderr)
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, choices in (("arch", ARCHS), ("dtype", DTYPES), ("mix", MIXES), ("direction", DIRECTIONS)):
+        parser.add_argument(f"--{name}", choices=choices, nargs="+", default=list(choices))
+    parser.add_argument("--head_dim", type=int, nargs="+", default=list(BUCKETS))
+    parser.add_argument("--sample", action="store_true", help="only what test_compile.py compiles")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    given = parser.parse_args()
+    jobs = [
+        job
+        for job in (sample() if given.sample else matrix())
+        if all(getattr(job, name) in getattr(given, name) for name in Job._fields)
+    ]
+    outcomes = run(jobs, given.jobs, progress=True)
+    failures = [outcome for outcome in outcomes if outcome.problem]
+    print(f"\n{len(outcomes)} kernels of {len(jobs)} calls, {len(failures)} failures")
+    for outcome in failures:
+        print(*outcome.job, outcome.kernel, outcome.problem, sep="  ")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""The benchmarks: dry runs on the CPU, what is counted, and the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import xml.etree.ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__, check, data, providers, report, results, runner, suites, tune
+from benchmarks.results import COLUMNS, RATIO_COLUMNS, Table
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are slower on several threads, the more so where others share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(out: Path, *arguments: str) -> None:
+    quick = ["--device", "cpu", "--rounds", "3", "--window-ms", "0.1", "--out", str(out)]
+    assert __main__.main([*arguments, *quick]) == 0
+
+
+def shape(name: str, suite: str = "features", direction: str = "backward") -> suites.Shape:
+    groups = suites.suite(suite, tiny=True)
+    found = [s for g in groups for s in g.shapes if (s.name, s.direction) == (name, direction)]
+    return found[0]
+
+
+@pytest.mark.parametrize("direction", suites.DIRECTIONS)
+def test_grid_dry_run(
+    direction: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BENCH_COMMIT", "abc1234")
+    run(
+        tmp_path,
+        "--suite",
+        direction,
+        "--filter",
+        "d64-causal-s(512|8192)",
+        "--against",
+        "math,sdpa",
+    )
+    with (tmp_path / f"{direction}.csv").open() as file:
+        assert file.readline().strip() == (
+            "date,commit,device,driver,torch,triton,suite,case,direction,dtype,"
+            "head_dim,causal,seqlen,provider,ms,tflops,gbps,peak_mib"
+        )
+    rows = read(tmp_path / f"{direction}.csv")
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        (f"d64-causal-s{seqlen}", provider) for seqlen in (512, 8192) for provider in ("torch_flash2", "math", "sdpa")
+    ]
+    assert all(float(row["ms"]) > 0 and float(row["tflops"]) > 0 for row in rows)
+    assert {row["commit"] for row in rows} != {""}
+    ratios = read(tmp_path / f"{direction}_ratios.csv")
+    speeds = [row for row in ratios if row["kind"] == "speed"]
+    assert {(row["provider"], row["versus"]) for row in speeds} == {
+        ("torch_flash2", "math"),
+        ("torch_flash2", "sdpa"),
+    }
+    assert all(float(r["low"]) <= float(r["value"]) <= float(r["high"]) for r in speeds)
+    assert "geometric means" in capsys.readouterr().out
+
+
+def test_features_dry_run(tmp_path: Path) -> None:
+    run(tmp_path, "--suite", "features", "--filter", "16k|t5|bert", "--without", "fa3")
+    rows = read(tmp_path / "features.csv")
+    assert {"window4096-16k", "documents8-16k", "bias-t5", "padding-bert"} <= {row["case"] for row in rows}
+    assert {row["direction"] for row in rows} == {"forward", "backward"}
+    ratios = read(tmp_path / "features_ratios.csv")
+    costs = {(r["case"], r["versus"]) for r in ratios if r["kind"] == "cost"}
+    assert ("documents8-16k", "causal-16k") in costs
+    refused = {(r["provider"], r["note"]) for r in ratios if r["kind"] == "refused"}
+    assert ("flex", "measured on CUDA only") in refused
+    assert "fa3" not in {provider for provider, _ in refused}
+
+
+def test_memory_dry_run(tmp_path: Path) -> None:
+    run(tmp_path, "--suite", "memory", "--quick")
+    rows = read(tmp_path / "memory.csv")
+    assert {(row["provider"], row["direction"]) for row in rows} == {
+        ("torch_flash2", "both"),
+        ("math", "both"),
+    }
+
+
+def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = providers._ours
+    monkeypatch.setattr(providers, "_ours", lambda inputs: right(inputs) * 1.05)
+    run(tmp_path, "--suite", "forward", "--filter", "d64-full-s512", "--against", "math")
+    assert [row["provider"] for row in read(tmp_path / "forward.csv")] == ["math"]
+    ratios = read(tmp_path / "forward_ratios.csv")
+    (refused,) = [row for row in ratios if row["kind"] == "refused"]
+    assert refused["provider"] == "torch_flash2"
+    assert refused["note"].startswith("wrong: out is off by 5.0e-02 > ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["causal-16k", "documents8-16k", "sinks-8k-d128", "bias-t5", "padding-bert", "alibi-8k-d128"],
+)
+def test_reference_agrees_and_notices(name: str) -> None:
+    case = shape(name)
+    sample = data.make(case, CPU, 0, True)
+    provider = providers.make("torch_flash2:reference", case, sample.inputs)
+    reference = check.Reference(case, sample)
+    found = check.results(provider, case, sample)
+    assert set(found) == {"out", *sample.inputs.leaves}
+    assert reference.complaints(reference.errors(found)) == []
+    found["key"] = found["key"] * 1.1
+    (complaint,) = reference.complaints(reference.errors(found))
+    assert complaint.startswith("key is off by ")
+    found["key"][:] = torch.nan
+    assert reference.complaints(reference.errors(found))[0].startswith("key is off by nan")
+
+
+def test_dense_mask_of_peers_agrees() -> None:
+    for name in ("window4096-16k", "documents8-16k", "padding-bert", "alibi-8k-d128"):
+        case = shape(name)
+        sample = data.make(case, CPU, 0, True)
+        provider = providers.make("math", case, sample.inputs)
+        reference = check.Reference(case, sample)
+        assert not reference.complaints(reference.errors(check.results(provider, case, sample)))
+
+
+def test_spans() -> None:
+    assert suites.span("full") == (None, None)
+    assert suites.span("causal") == (None, 0)
+    assert suites.span("causal & window(4, 0) & window(-, 7)") == (4, 0)
+    with pytest.raises(ValueError, match=r"not 'chunk\(4\)'"):
+        suites.span("causal & chunk(4)")
+
+
+def test_counts() -> None:
+    """Pairs and bytes of small shapes, by hand: 64 rows, head dim 16, fp16."""
+    case = shape("d128-causal-s512", "forward", "forward")
+    sample = data.make(case, CPU, 0, False)
+    per_pair = 2 * case.case.batch * case.case.heads * (16 + 16)
+    assert sample.flops("forward") == per_pair * 64 * 65 / 2
+    assert sample.flops("backward") == 2.5 * sample.flops("forward")
+    tensor = case.case.batch * case.case.heads * 64 * 16 * 2
+    assert sample.bytes("forward") == 4 * tensor + tensor // 8
+    packed = shape("documents8-16k")
+    sample = data.make(packed, CPU, 0, False)
+    rows = packed.case.seqlen_q // 8
+    assert sample.flops("forward") == 2 * packed.case.heads * 32 * 2 * rows * (rows + 1) / 2
+
+
+def test_provider_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"kv": {"BLOCK_M": 64, "tma": True}, "path": "tiled", "mode": None}
+    assert providers.parse_config(providers.config_text(config)) == config
+    assert __main__.words("fa2,torch_flash2:triton@a=1,b.c=2,sdpa") == (
+        "fa2",
+        "torch_flash2:triton@a=1,b.c=2",
+        "sdpa",
+    )
+    monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
+    assert providers.label("torch_flash2:triton") == "torch_flash2:triton@sm80"
+    assert providers.label("fa2") == "fa2"
+    with pytest.raises(ValueError, match="no provider is called 'fa9'; known are torch_flash2, "):
+        runner.run(["forward"], runner.Options(device="cpu", against=("fa9",)))
+    with pytest.raises(ValueError, match="the suites are forward, .* got 'decode'"):
+        suites.suite("decode")
+
+
+def test_tune(tmp_path: Path) -> None:
+    found = tmp_path / "tune.json"
+    arguments = "tune --kernel cpu --filter d64-causal-s512 --processes 1".split()
+    run(found, *arguments)
+    (case,) = json.loads(found.read_text())
+    assert case["case"]["name"] == "d64-causal-s512" and case["kernel"] == "cpu"
+    assert case["default"] in [place["config"] for place in case["ranking"]]
+    assert sorted(case["ranking"], key=lambda place: place["ms"]) == case["ranking"]
+    with pytest.raises(ValueError, match="kernel 'reference' has no configs to tune"):
+        run(found, "tune", "--kernel", "reference", "--filter", "d64-causal-s512")
+
+
+def test_tune_joins_parts() -> None:
+    default = {"kv": {"M": 1}, "q": {"M": 1}}
+    ranking = [
+        {"kv": {"M": 2}, "q": {"M": 1}},
+        {"kv": {"M": 3}, "q": {"M": 1}},
+        {"kv": {"M": 1}, "q": {"M": 4}},
+        default,
+        {"kv": {"M": 1}, "q": {"M": 5}},
+    ]
+    assert tune.joined(default, ranking) == {"kv": {"M": 2}, "q": {"M": 4}}
+    assert tune.joined({"M": 1}, [{"M": 2}, {"M": 1}]) == {"M": 1}
+
+
+def synthetic(folder: Path) -> None:
+    """A forward grid of two lengths, and a feature with its base."""
+    same = {
+        "date": "2026-11-21", "commit": "abc1234", "device": "NVIDIA H200", "driver": "580",
+        "torch": "2.11.0", "triton": "3.6.0", "dtype": "bf16", "head_dim": "128", "causal": "1",
+    }  # fmt: skip
+    grid = Table(folder / "forward.csv", COLUMNS)
+    grid_ratios = Table(folder / "forward_ratios.csv", RATIO_COLUMNS)
+    for seqlen, ours, fa2 in ((1024, 330.0, 250.0), (4096, 400.0, 300.0)):
+        case = f"d128-causal-s{seqlen}"
+        place = {"suite": "forward", "case": case, "direction": "forward", "seqlen": str(seqlen)}
+        for provider, tflops in (("torch_flash2", ours), ("fa2", fa2)):
+            measured = {"provider": provider, "ms": "1.0", "tflops": str(tflops)}
+            grid.append({**same, **place, **measured})
+        row = {k: v for k, v in (same | place).items() if k in RATIO_COLUMNS}
+        speed = {"provider": "torch_flash2", "kind": "speed", "versus": "fa2"}
+        grid_ratios.append({**row, **speed, "value": f"{ours / fa2:.3f}"})
+        refused = {"provider": "fa3", "kind": "refused", "note": "PEERS_HOME is not set"}
+        grid_ratios.append({**row, **refused})
+    features = Table(folder / "features.csv", COLUMNS)
+    feature_ratios = Table(folder / "features_ratios.csv", RATIO_COLUMNS)
+    for case, ms in (("causal-16k", "4.0"), ("window4096-16k", "1.8")):
+        place = {"suite": "features", "case": case, "direction": "forward", "seqlen": "16384"}
+        features.append({**same, **place, "provider": "torch_flash2", "ms": ms})
+        features.append({**same, **place, "provider": "flex", "ms": "3.6"})
+        row = {k: v for k, v in (same | place).items() if k in RATIO_COLUMNS}
+        row["provider"] = "torch_flash2"
+        speed = {"kind": "speed", "versus": "flex", "value": f"{3.6 / float(ms):.3f}"}
+        feature_ratios.append({**row, **speed})
+        if case != "causal-16k":
+            cost = {"kind": "cost", "versus": "causal-16k", "value": "0.450"}
+            feature_ratios.append({**row, **cost})
+
+
+def test_report(tmp_path: Path) -> None:
+    expecttest = pytest.importorskip("expecttest")
+    synthetic(tmp_path)
+    texts, drawings = report.sections(tmp_path)
+    found = "\n\n".join(f"{name}:\n{text}" for name, text in texts.items())
+    expecttest.assert_expected_inline(
+        found,
+        """\
+features:
+| case | provider | forward ms | x base | speed | backward ms | x base | speed |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| causal-16k | torch_flash2 | 4.000 | - | - | - | - | - |
+| causal-16k | flex | 3.600 | - | 0.90 | - | - | - |
+| window4096-16k | torch_flash2 | 1.800 | 0.45 | - | - | - | - |
+| window4096-16k | flex | 3.600 | - | 2.00 | - | - | - |
+
+x base: time over that without the feature; speed: how many times as fast ours is.
+
+Measured on NVIDIA H200, driver 580, torch 2.11.0, Triton 3.6.0, commit abc1234, 2026-11-21.
+
+forward:
+| TFLOP/s | provider | 1024 | 4096 |
+| --- | --- | ---: | ---: |
+| bf16, D 128, causal | torch_flash2 | 330 | 400 |
+| bf16, D 128, causal | fa2 | 250 | 300 |
+
+Measured on NVIDIA H200, driver 580, torch 2.11.0, Triton 3.6.0, commit abc1234, 2026-11-21.
+
+forward-ratios:
+| speed | over | 64 full | 64 causal | 128 full | 128 causal | 256 full | 256 causal | all | cases |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| torch_flash2 (bf16) | fa2 | - | - | - | 1.33 | - | - | 1.326 | 2 |
+
+Measured on NVIDIA H200, driver 580, torch 2.11.0, Triton 3.6.0, commit abc1234, 2026-11-21.
+
+forward-refused:
+- fa3 on d128-causal-s1024 forward, d128-causal-s4096 forward: PEERS_HOME is not set""",
+    )
+    assert list(drawings) == ["forward_bf16_d128.svg"]
+
+
+def test_report_fills_the_readme(tmp_path: Path) -> None:
+    synthetic(tmp_path)
+    readme = tmp_path / "README.md"
+    start, end = "<!-- benchmarks:forward-ratios -->", "<!-- /benchmarks:forward-ratios -->"
+    readme.write_text(f"a\n{start}\nold\n{end}\nb")
+    for _ in range(2):
+        assert __main__.main(["report", str(tmp_path), "--readme", str(readme)]) == 0
+        lines = readme.read_text().splitlines()
+        assert lines[:2] == ["a", start]
+        assert lines[2].startswith("| speed | over |") and "old" not in lines
+        assert lines[-2:] == [end, "b"]
+    assert "| bf16, D 128, causal | fa2 | 250 | 300 |" in (tmp_path / "report.md").read_text()
+    drawing = (tmp_path / "forward_bf16_d128.svg").read_text()
+    assert len(list(xml.etree.ElementTree.fromstring(drawing).findall("{*}polyline"))) == 2
+    with pytest.raises(ValueError, match="names no table; there are features, forward"):
+        report.fill("<!-- benchmarks:nothing -->", report.sections(tmp_path)[0])
+    with pytest.raises(ValueError, match="has no <!-- /benchmarks:forward -->"):
+        report.fill("<!-- benchmarks:forward -->", report.sections(tmp_path)[0])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="has no results"):
+        report.sections(empty)
+
+
+def test_table_keeps_the_newest(tmp_path: Path) -> None:
+    table = Table(tmp_path / "x.csv", COLUMNS)
+    for case, ms in (("a", "1"), ("b", "2"), ("a", "3")):
+        table.append({"case": case, "provider": "fa2", "ms": ms})
+    again = Table(tmp_path / "x.csv", COLUMNS)
+    again.compact()
+    assert [(row["case"], row["ms"]) for row in again.rows()] == [("a", "3"), ("b", "2")]
+    ratios = Table(tmp_path / "x_ratios.csv", RATIO_COLUMNS)
+    for case, kind in (("a", "refused"), ("a", "error"), ("b", "error"), ("b", "refused")):
+        ratios.append({"case": case, "provider": "fa3", "kind": kind})
+    ratios.compact()
+    kept = [(row["case"], row["kind"]) for row in ratios.rows()]
+    assert kept == [("a", "error"), ("b", "error"), ("b", "refused")]
+
+
+def test_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "_output", lambda *command: "")
+    monkeypatch.setenv("BENCH_COMMIT", "abc1234")
+    assert results.environment(CPU)["commit"] == "abc1234"

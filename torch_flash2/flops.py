@@ -1,0 +1,79 @@
+"""FLOP formulas of the ops, for torch.utils.flop_counter.
+
+Counted as PyTorch counts its own attention: every pair of row and key, masked or not.
+B batch, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _pairs(query: torch.Size, key: torch.Size) -> int:
+    B, H, M, _ = query
+    return B * H * M * key[2]
+
+
+def forward_flops(query: Any, key: Any, value: Any, *rest: Any, **keywords: Any) -> int:
+    """Two products: with D and with Dv."""
+    return 2 * _pairs(query, key) * (query[3] + value[3])
+
+
+def backward_flops(
+    out: Any,
+    lse: Any,
+    grad_out: Any,
+    grad_lse: Any,
+    wanted: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    *rest: Any,
+    **keywords: Any,
+) -> int:
+    """The scores again, and two products for each of dQ, dK (with D) and dP, dV (with Dv)."""
+    return 2 * _pairs(query, key) * (3 * query[3] + 2 * value[3])
+
+
+def _register() -> None:
+    register: Any = sys.modules[_COUNTER].register_flop_formula
+    register(torch.ops.torch_flash2.forward)(forward_flops)
+    register(torch.ops.torch_flash2.backward)(backward_flops)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Registers the formulas right after the counter's own module has run."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
+        self.loader = spec.loader
+        spec.loader = self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        self.loader.exec_module(module)
+        _register()
+
+
+def register_when_imported() -> None:
+    """Register now or, because the counter imports Triton, when somebody imports it."""
+    if _COUNTER in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
