@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-import pytest
-
 import compile_all
+import pytest
 
 pytestmark = pytest.mark.compile
 

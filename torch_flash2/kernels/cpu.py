@@ -1,6 +1,4 @@
-"""CPU tensors: ATen's own flash kernel where it is right, else eager attention tile by tile.
-
-Both use memory linear in M and N.
+"""CPU tensors: ATen's own flash kernel where it is right, else eager attention tile by tile, both in linear memory.
 
 B batch entries, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of
 value.
@@ -51,13 +49,15 @@ def aten_why_not(problem: Problem) -> Iterator[str]:
     if not problem.positive_scale:
         yield "it masks before it scales"
     if problem.steps or problem.sinks or problem.dropout:
-        yield "it has no softcap, ALiBi, bias with gradient, sinks or dropout"
+        yield "it has no softcap, ALiBi, bias, sinks or dropout"
     if problem.head_dim != problem.head_dim_v:
-        yield "it has one head dim"
+        yield "it has one head dim for key and value"
     if 0 in (problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k):
         yield "it fails on empty tensors"
-    if problem.direction == "backward" and problem.dtype != torch.float32:
-        yield "it sums gradients in 16 bits, and takes the lse in the inputs' precision"
+    if problem.direction == "backward" and problem.dtype == torch.float64:
+        yield "it needs the lse in fp64"
+    elif problem.direction == "backward" and problem.dtype != torch.float32:
+        yield "it sums 16-bit gradients in 16 bits"
 
 
 def config(problem: Problem) -> Config:
@@ -79,7 +79,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
 def copies(problem: Problem) -> Iterator[str]:
     """The copies of inputs that the kernel makes."""
     if problem.layout == "strided" and not any(aten_why_not(problem)):
-        yield "query, key and value whose last dimension is not contiguous"
+        yield "of query, key and value, those with strides in the head dim"
 
 
 def launch(

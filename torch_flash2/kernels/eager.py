@@ -217,13 +217,7 @@ def forward_rows(
 
 
 def backward_rows(
-    call: Call,
-    segment: Segment,
-    start: int,
-    stop: int,
-    saved: Saved,
-    sums: Gradients,
-    dtype: torch.dtype,
+    call: Call, segment: Segment, start: int, stop: int, saved: Saved, sums: Gradients, dtype: torch.dtype
 ) -> None:
     """The backward of `forward_rows` by explicit formulas, outside autograd.
 
