@@ -24,7 +24,7 @@ LAYERS = (
     ("",),  # torch_flash2 itself: what is public
     ("attention",),
     ("ops",),
-    ("dispatch", "tuning"),
+    ("dispatch", "flops"),
     ("kernels",),
     ("kernels.device",),
     ("kernels.bundles",),

@@ -168,7 +168,8 @@ def test_tiles(block_m: int, block_n: int, monkeypatch: pytest.MonkeyPatch) -> N
     lookup = tables.lookup
 
     def forced(kernel: str, problem: Any) -> tables.Config:
-        return lookup(kernel, problem)._replace(BLOCK_M=block_m, BLOCK_N=block_n)
+        config = lookup(kernel, problem)
+        return config and config._replace(BLOCK_M=block_m, BLOCK_N=block_n)
 
     monkeypatch.setattr(tables, "lookup", forced)
     dispatch._select.cache_clear()

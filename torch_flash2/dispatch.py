@@ -129,12 +129,12 @@ forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _override(config: Any, chosen: Mapping[str, Any]) -> Any:
-    """The config with those fields of `chosen` that it has; a mapping overrides fields of a part."""
-    parts = {
-        name: _override(getattr(config, name), value) if isinstance(value, Mapping) else value
-        for name, value in chosen.items()
-        if name in config._fields
-    }
+    """The config with those fields of `chosen` that it has; a mapping overrides fields of a part, where there is one."""
+    parts: dict[str, Any] = {}
+    for name, value in chosen.items():
+        part = getattr(config, name, None)
+        if name in config._fields and not (isinstance(value, Mapping) and part is None):
+            parts[name] = _override(part, value) if isinstance(value, Mapping) else value
     return config._replace(**parts)
 
 
@@ -153,6 +153,8 @@ def _select(problem: Problem, force: str | None) -> Plan:
     rejected: list[tuple[str, tuple[str, ...]]] = []
     for candidate in [name] if name else KERNELS:
         reasons = why_not(candidate, problem)
+        if candidate == "reference" and not name:
+            reasons = ("it runs only when forced: its memory grows with M * N",)
         if not reasons:
             config = kernel(candidate, problem.direction).config(problem)
             if overrides and config is not None:

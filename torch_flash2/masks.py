@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 import torch
 
 ALIGNMENTS = ("top-left", "bottom-right")
-# Stands for an unlimited side where a number must be: positions stay below 2**30, so sums fit an int32.
-FAR = 1 << 30
+# Stands for an unlimited side where a number must be: positions stay below 2**29, so that sums and coded numbers fit int32.
+FAR = 1 << 29
 
 Int = Any  # int, torch.SymInt or an integer tensor: bands are elementwise
 
@@ -33,7 +33,8 @@ class Band:
     """One interval of keys per query row. A subclass is a mask feature.
 
     `name` is also the name of its two device functions, `<name>_keys` and `<name>_queries`, in kernels/device/bands.py.
-    Fields are integers, or None for an unlimited side.
+    Fields are integers, or None for an unlimited side. Neither end of the interval may move left from one row to the next: the
+    keys of a range of rows are then those between its first row's lo and its last row's hi.
     """
 
     name: ClassVar[str]
@@ -238,12 +239,12 @@ def full() -> Mask:
     return Mask()
 
 
-def causal(align: str | None = None) -> Mask:
+def causal(*, align: str | None = None) -> Mask:
     """Row m sees the keys up to its own position."""
     return Mask((Causal(),), align)
 
 
-def window(left: int | None = None, right: int | None = None, align: str | None = None) -> Mask:
+def window(left: int | None = None, right: int | None = None, *, align: str | None = None) -> Mask:
     """Row m sees keys m - left .. m + right, inclusive, as in flash-attn; None leaves that side unlimited.
 
     Raises:
@@ -254,13 +255,13 @@ def window(left: int | None = None, right: int | None = None, align: str | None 
     return Mask((Window(left, right),), align)
 
 
-def chunk(size: int, align: str | None = None) -> Mask:
+def chunk(size: int, *, align: str | None = None) -> Mask:
     """Row m sees the keys of its own chunk of `size` positions."""
     _check_count("chunk's size", size, least=1)
     return Mask((Chunk(size),), align)
 
 
-def prefix(length: int, align: str | None = None) -> Mask:
+def prefix(length: int, *, align: str | None = None) -> Mask:
     """Prefix-LM: the first `length` keys are seen by every row, later ones causally."""
     _check_count("prefix's length", length, least=0)
     return Mask((Prefix(length),), align)
@@ -290,7 +291,10 @@ def parse(text: str, numbers: Sequence[int] | None = None) -> Mask:
         match = _TERM.fullmatch(term.strip())
         if match is None or match[1] not in BANDS:
             raise ValueError(f"{term.strip()!r} is no band; known are {', '.join(BANDS)} (in mask {text!r})")
-        mask &= _MAKERS[match[1]](*_arguments(match[2], values, text))
+        try:
+            mask &= _MAKERS[match[1]](*_arguments(match[2], values, text))
+        except TypeError as error:
+            raise ValueError(f"{term.strip()!r}: {error} (in mask {text!r})") from None
     return mask
 
 
@@ -299,7 +303,10 @@ def _arguments(listed: str | None, values: Any, text: str) -> list[int | None]:
     parsed: list[int | None] = []
     for word in words:
         if word == "#":
-            parsed.append(next(values))
+            number = next(values, None)
+            if number is None:
+                raise ValueError(f"'#' stands for a number that was not given (in mask {text!r})")
+            parsed.append(number)
         elif word == "-":
             parsed.append(None)
         else:
@@ -322,7 +329,7 @@ def _check_count(what: str, value: Any, least: int, optional: bool = False) -> N
         hint = " (None is unlimited)" if optional else ""
         raise ValueError(f"{what} must be at least {least}{hint}, got {value}")
     if value > FAR:
-        raise ValueError(f"{what} must be at most 2**30, got {value}")
+        raise ValueError(f"{what} must be at most 2**29, got {value}")
 
 
 def _as_dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -110,14 +110,16 @@ def math_attention(
         inputs: the call.
         seed: int64 [2], the words that dropout draws, or None.
         grad_out, grad_lse: the gradients that arrive.
-        dtype: of every intermediate; sums over chunks and the results are float64.
+        dtype: of every intermediate; sums over chunks and the results are float32 or float64.
     """
     B, H, M, _ = inputs.query.shape
-    exact: dict[str, Any] = dict(dtype=torch.float64, device=inputs.query.device)
+    device = inputs.query.device
+    # Large cases are 16-bit; float32 holds their results exactly enough.
+    wide = torch.float64 if inputs.query.dtype == torch.float32 else torch.float32
     results = Results(
-        torch.zeros(B, H, M, inputs.value.shape[3], **exact),
-        torch.full((B, H, M), -torch.inf, **exact),
-        {name: torch.zeros(leaf.shape, **exact) for name, leaf in inputs.leaves.items()},
+        torch.zeros(B, H, M, inputs.value.shape[3], dtype=wide, device=device),
+        torch.full((B, H, M), -torch.inf, dtype=torch.float64, device=device),
+        {n: torch.zeros(t.shape, dtype=wide, device=device) for n, t in inputs.leaves.items()},
     )
     for chunk in _chunks(inputs):
         leaves = {
@@ -126,7 +128,7 @@ def math_attention(
         }
         out, lse = _attend(chunk, inputs, leaves, seed)
         place = chunk.where("query", inputs.query)
-        results.out[place], results.lse[place] = out.detach().double(), lse.detach().double()
+        results.out[place], results.lse[place] = out.detach().to(wide), lse.detach().double()
         upstream = [grad_out[place].to(out.dtype), grad_lse[place].to(lse.dtype)]
         found = torch.autograd.grad([out, lse], list(leaves.values()), upstream)
         for name, gradient in zip(leaves, found, strict=True):

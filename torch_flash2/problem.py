@@ -26,7 +26,7 @@ class Lengths(NamedTuple):
 
     `cu_q`, `cu_k` [B + 1]: cumulative starts of packed documents; the packed tensors are [1, heads, total, dim].
     `used_q`, `used_k` [B]: how many rows or keys of a segment count; the rest is padding, read by nobody, written as 0.
-    `max_q`, `max_k`: the longest segment, a hint that saves launching empty tiles; never needed, never read from the
+    `max_q`, `max_k`: the longest segment, a hint that may save empty tiles; never needed, never read from the
     device.
     """
 

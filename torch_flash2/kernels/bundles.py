@@ -49,27 +49,33 @@ class Sizes(NamedTuple):
 
     @classmethod
     def coded(cls, *sizes: int) -> Sizes:
-        """Sizes for a launch, which kernels read through `tiles.sizes_of`.
+        """Sizes for a launch, which kernels read through `tiles.sizes_of`."""
+        return cls(*map(coded, sizes))
 
-        Triton compiles anew for an integer that is 1 or a multiple of 16, inside tuples whatever do_not_specialize says
-        (seen in 3.6 and
-        3.7). No size may decide what is compiled, so each travels as 2 * size + 3, which is neither.
-        """
-        return cls(*(2 * size + 3 for size in sizes))
+
+def coded(number: int) -> int:
+    """A number for a launch that must not decide what is compiled.
+
+    Triton compiles anew for an integer that is 1 or a multiple of 16, inside tuples whatever do_not_specialize says (seen
+    in 3.6 and 3.7). 2 * number + 3 is neither.
+    """
+    return 2 * number + 3
 
 
 class Rules(NamedTuple):
-    """What decides which scores exist: the numbers of each band, and a dense bool mask."""
+    """What decides which scores exist: the numbers of each band, coded as sizes are, and a dense bool mask."""
 
     numbers: tuple[tuple[int, ...], ...]
     dense: Strided | None
 
 
 class Scoring(NamedTuple):
-    """What turns products into probabilities: the softmax scale; dropout's threshold and 1 / (1 - p)."""
+    """What turns products into probabilities: the softmax scale; dropout's 32-bit threshold, as two coded halves, and
+    1 / (1 - p)."""
 
     scale: float
-    threshold: int
+    threshold_high: int
+    threshold_low: int
     inverse_keep: float
 
 

@@ -60,11 +60,17 @@ def prefix_queries(n, M, N, shift, numbers):
 
 @triton.jit
 def intersect(x, limit, M, N, shift, numbers, BANDS: tl.constexpr):
-    """The interval [lo, hi) within [0, limit) that all of BANDS (keys or queries functions) leave to position x."""
+    """The interval [lo, hi) within [0, limit) that all of BANDS (keys or queries functions) leave to position x.
+
+    numbers are coded as `Sizes.coded` codes sizes.
+    """
     lo = x * 0
     hi = x * 0 + limit
     for i in tl.static_range(len(BANDS)):
-        band_lo, band_hi = BANDS[i](x, M, N, shift, numbers[i])
+        decoded = ()
+        for j in tl.static_range(len(numbers[i])):
+            decoded = decoded + ((numbers[i][j] - 3) // 2,)
+        band_lo, band_hi = BANDS[i](x, M, N, shift, decoded)
         lo = tl.maximum(lo, band_lo)
         hi = tl.minimum(hi, band_hi)
     return lo, hi

@@ -16,13 +16,20 @@ def load_key(seed_ptr):
 
 
 @triton.jit
+def threshold_of(scoring):
+    """Dropout's threshold, uint32, from its coded halves."""
+    high = tl.cast((scoring.threshold_high - 3) // 2, tl.uint32)
+    return (high << 16) | tl.cast((scoring.threshold_low - 3) // 2, tl.uint32)
+
+
+@triton.jit
 def keep_tile(dropout, m, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which scores of rows m [BLOCK_M] and keys n0 .. n0 + BLOCK_N are kept; n0 is a multiple of 4."""
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     quad = (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
     w0, w1, w2, w3 = tl.philox(dropout.key, zero + dropout.b, zero + dropout.h, zero + m[:, None], zero + quad)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCK_M, BLOCK_N // 4, 2, 2]
-    return tl.reshape(words, [BLOCK_M, BLOCK_N]) >= tl.cast(dropout.threshold, tl.uint32)
+    return tl.reshape(words, [BLOCK_M, BLOCK_N]) >= dropout.threshold
 
 
 @triton.jit
@@ -32,4 +39,4 @@ def keep_elements(dropout, m, n):
     w0, w1, w2, w3 = tl.philox(dropout.key, zero + dropout.b, zero + dropout.h, zero + m, zero + n // 4)
     lane = zero + n % 4
     word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-    return word >= tl.cast(dropout.threshold, tl.uint32)
+    return word >= dropout.threshold

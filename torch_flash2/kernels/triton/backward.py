@@ -77,7 +77,7 @@ def _accumulate_keys(
             m0 = span.full_start + j * MODE.BLOCK_M
         dropout = None
         if operands.seed is not None:
-            dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
+            dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
         dense = None
         if rules.dense is not None:
             dense = tiles.dense_at(rules.dense, segment, h, inputs.start_q, inputs.start_k)
@@ -255,7 +255,7 @@ def backward_queries(
     scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     dropout = None
     if operands.seed is not None:
-        dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
+        dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
     dense = None
     if rules.dense is not None:
         dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)

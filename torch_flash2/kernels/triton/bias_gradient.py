@@ -77,7 +77,7 @@ def bias_gradient(
             dense = tiles.dense_at(rules.dense, b, h, start_q, start_k)
         dropout = None
         if operands.seed is not None:
-            dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
+            dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
         head = Head(
             scoring.scale, scores.LOG2E, scores.prepare(operands.steps, b, h, start_q, start_k, STEPS), dropout, dense
         )
@@ -116,8 +116,6 @@ def launch(
     """Fill the bias's gradient."""
     assert grad_bias is not None and problem.bias_dims is not None
     varies = problem.bias_dims
-    # The stored batch of packed tensors is 1, whatever the bias says: every segment is looked at.
-    varies = (varies[0] and call.cu_q is None, *varies[1:])
     mode = launching.mode(problem, config)
     M, N = call.query.shape[2], call.key.shape[2]
     counts = (problem.batch, problem.heads, triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))

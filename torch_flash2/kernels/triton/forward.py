@@ -106,7 +106,7 @@ def attention_forward(
     scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     dropout = None
     if operands.seed is not None:
-        dropout = Dropout(philox.load_key(operands.seed), b, h, scoring.threshold)
+        dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
     dense = None
     if rules.dense is not None:
         dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import problem as problem_module
 from ... import scores as score_steps
 from ...problem import Call, Problem
-from ..bundles import Mode, Operands, Rules, Scoring, Sizes, Spans, Steps, Strided
+from ..bundles import Mode, Operands, Rules, Scoring, Sizes, Spans, Steps, Strided, coded
 from ..device import bands as device_bands
 from ..device import scores as device_scores
 from .tables import Config, block_dim
@@ -154,9 +154,10 @@ def bundle(problem: Problem, call: Call) -> tuple[Spans, Sizes, Rules, Scoring, 
         Spans(call.cu_q, call.cu_k, call.used_q, call.used_k),
         Sizes.coded(problem.batch, problem.heads, problem.group, call.query.shape[2], call.key.shape[2]),
         Rules(
-            tuple(band.numbers for band in problem.mask.bands), None if call.dense is None else Strided.of(call.dense)
+            tuple(tuple(map(coded, band.numbers)) for band in problem.mask.bands),
+            None if call.dense is None else Strided.of(call.dense),
         ),
-        Scoring(call.scale, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - call.dropout_p)),
+        Scoring(call.scale, coded(threshold >> 16), coded(threshold & 0xFFFF), 1.0 / (1.0 - call.dropout_p)),
         Operands(
             tuple(operands[name] for name in _run_steps(problem)), call.sinks, call.seed if call.dropout_p > 0 else None
         ),
