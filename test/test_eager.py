@@ -191,7 +191,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, plain: bool = Fal
     q = draw(sides(batch, lengths in ("packed", "packed_q"), used_q))
     k = draw(sides(batch, lengths in ("packed", "packed_k"), used_k))
     if plain:
-        mask = draw(st.sampled_from([masks.full(), masks.causal("top-left" if used_k else None)]))
+        mask = draw(st.sampled_from([masks.full(), masks.causal(align="top-left" if used_k else None)]))
     else:
         mask = draw(bands(explicit=used_k))
 

@@ -66,7 +66,7 @@ def test_text_as_people_write_it() -> None:
     assert masks.parse("causal&window( 128 ,0 )") == masks.causal() & masks.window(128, 0)
     assert masks.parse(" full @ bottom-right") == Mask((), "bottom-right")
     assert str(masks.window(right=3)) == "window(-, 3)"
-    assert str(masks.causal("bottom-right") & masks.chunk(8)) == "causal & chunk(8) @ bottom-right"
+    assert str(masks.causal(align="bottom-right") & masks.chunk(8)) == "causal & chunk(8) @ bottom-right"
 
 
 @given(some_masks(), LENGTHS, LENGTHS)

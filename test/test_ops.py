@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
