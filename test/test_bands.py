@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_masks import sees, some_masks
 
+from torch_flash2.kernels.bundles import coded
 from torch_flash2.masks import Mask
 
 triton = pytest.importorskip("triton")
@@ -54,7 +55,7 @@ def test_bands(mask: Mask, M: int, N: int) -> None:
     keys, queries = (
         tuple(getattr(bands, f"{band.name}_{side}") for band in mask.bands) for side in ("keys", "queries")
     )
-    numbers = tuple(band.numbers for band in mask.bands)
+    numbers = tuple(tuple(map(coded, band.numbers)) for band in mask.bands)
     intervals[(1,)](out, M, N, mask.shift(M, N), numbers, keys, queries, SIZE)
     m, n = torch.arange(M)[:, None], torch.arange(N)[None, :]
     table = sees(mask, M, N)

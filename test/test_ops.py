@@ -159,6 +159,7 @@ def test_compiled_once_for_all_packings() -> None:
 
 
 @compiled
+@pytest.mark.xfail(strict=True, reason="masks.template writes numbers, and Dynamo has no str(SymInt)")
 def test_compiled_once_for_all_windows() -> None:
     def run(query: torch.Tensor, left: int) -> torch.Tensor:
         return attention(query, query, query, torch_flash2.masks.window(left, 0))

@@ -175,7 +175,7 @@ def test_unsupported() -> None:
 no kernel can run this call: forward on CPU, float32, B=2 H=4/2, M=8 N=32 D=16, mask full
   triton: it needs a CUDA GPU, the tensors are on the CPU; it has no paged keys and values yet
   cpu: it has no paged keys and values yet
-  reference: it has no paged keys and values yet""",
+  reference: it runs only when forced: its memory grows with M * N""",
     )
 
 

@@ -129,7 +129,8 @@ forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _override(config: Any, chosen: Mapping[str, Any]) -> Any:
-    """The config with those fields of `chosen` that it has; a mapping overrides fields of a part, where there is one."""
+    """The config with those fields of `chosen` that it has; a mapping overrides fields of a part, where there is
+    one."""
     parts: dict[str, Any] = {}
     for name, value in chosen.items():
         part = getattr(config, name, None)

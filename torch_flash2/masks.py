@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 
 ALIGNMENTS = ("top-left", "bottom-right")
-# Stands for an unlimited side where a number must be: positions stay below 2**29, so that sums and coded numbers fit int32.
+# Stands for an unlimited side where a number must be: positions stay below 2**29, so that sums and coded numbers fit
+# int32.
 FAR = 1 << 29
 
 Int = Any  # int, torch.SymInt or an integer tensor: bands are elementwise
@@ -33,8 +34,8 @@ class Band:
     """One interval of keys per query row. A subclass is a mask feature.
 
     `name` is also the name of its two device functions, `<name>_keys` and `<name>_queries`, in kernels/device/bands.py.
-    Fields are integers, or None for an unlimited side. Neither end of the interval may move left from one row to the next: the
-    keys of a range of rows are then those between its first row's lo and its last row's hi.
+    Fields are integers, or None for an unlimited side. Neither end of the interval may move left from one row to the
+    next: the keys of a range of rows are then those between its first row's lo and its last row's hi.
     """
 
     name: ClassVar[str]
@@ -292,7 +293,7 @@ def parse(text: str, numbers: Sequence[int] | None = None) -> Mask:
         if match is None or match[1] not in BANDS:
             raise ValueError(f"{term.strip()!r} is no band; known are {', '.join(BANDS)} (in mask {text!r})")
         try:
-            mask &= _MAKERS[match[1]](*_arguments(match[2], values, text))
+            mask = mask & _MAKERS[match[1]](*_arguments(match[2], values, text))
         except TypeError as error:
             raise ValueError(f"{term.strip()!r}: {error} (in mask {text!r})") from None
     return mask

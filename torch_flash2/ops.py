@@ -32,18 +32,44 @@ _library.define(
 _SAVED_COUNT = len(Saved._fields)
 
 
+# Problems and plans of calls seen before: building them takes longer than a small kernel.
+_seen: dict[Any, tuple[problem.Problem, dispatch.Plan]] = {}
+_MOST_SEEN = 4096
+
+
+def _posed(call: Call, direction: str, bias_grad: bool) -> tuple[problem.Problem, dispatch.Plan]:
+    """The Problem and Plan of a call on real tensors."""
+    signature = (
+        direction,
+        bias_grad,
+        problem.precision(call),
+        *(
+            (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16)
+            if isinstance(value, torch.Tensor)
+            else (tuple(value) if isinstance(value, list) else value)
+            for value in call
+        ),
+    )
+    found = _seen.get(signature)
+    if found is None:
+        posed = problem.of(call, direction, needs_grad=direction == "backward", bias_grad=bias_grad)
+        found = posed, dispatch.select(posed, call.force)
+        if len(_seen) >= _MOST_SEEN:
+            _seen.clear()
+        _seen[signature] = found
+    return found
+
+
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = Call(*arguments)
-    posed = problem.of(call)
-    plan = dispatch.select(posed, call.force)
+    posed, plan = _posed(call, "forward", False)
     out, lse = plan.module.launch(posed, plan.config, call)
     return out, lse
 
 
 def _backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     saved, call = _split(arguments)
-    posed = problem.of(call, direction="backward", needs_grad=True, bias_grad=saved.wanted[3])
-    plan = dispatch.select(posed, call.force)
+    posed, plan = _posed(call, "backward", saved.wanted[3])
     gradients = plan.module.launch(posed, plan.config, call, saved)
     return tuple(call.query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 

@@ -359,10 +359,15 @@ def of(call: Call, direction: str = "forward", needs_grad: bool = False, bias_gr
         dropout=call.dropout_p > 0,
         needs_grad=needs_grad,
         deterministic=call.deterministic,
-        precision=settings.matmul_precision(query.device.type) if query.dtype == torch.float32 else "ieee",
+        precision=precision(call),
         layout=_layout(call),
         wide=_wide(call),
     )
+
+
+def precision(call: Call) -> str:
+    """How products are computed: as PyTorch's settings say for fp32, exactly for other dtypes."""
+    return settings.matmul_precision(call.query.device.type) if call.query.dtype == torch.float32 else "ieee"
 
 
 def bias_dims(bias: torch.Tensor) -> tuple[bool, ...]:

@@ -258,7 +258,7 @@ _REGRESSIONS = (
     Case("head-dim-512-fp32", 1, 4, 1, 512, 512, 512, 512, "fp32", "causal", softcap=20.0),
     Case("head-dim-1", 2, 4, 2, 130, 130, 1, 3, "fp32", "causal"),
     # Scores.
-    Case("logits-1e4", 2, 4, 4, 256, 256, 64, 64, "fp32", "causal", magnitude=3e3),
+    Case("logits-1e4", 2, 4, 4, 256, 256, 64, 64, "fp32", "causal", magnitude=3e3, tags=("large_logits",)),
     Case("logits-1e4-bf16", 2, 4, 4, 256, 256, 64, 64, "bf16", "causal", magnitude=3e3),
     Case("rows-see-nothing", 2, 4, 2, 300, 100, 64, 64, "fp32", "causal @ bottom-right",
          sinks=True),
@@ -374,6 +374,9 @@ def check(
         what = f"{case.name}, {name}, seed {seed}"
         assert tensor.dtype == wanted[name], f"{what}: {tensor.dtype} instead of {wanted[name]}"
         slack = _slack(leaves[name], exact, name, grad_out, dtype) if name in leaves else 0.0
+        if "large_logits" in case.tags and dtype == torch.float32 and tensor.is_cuda and name != "lse":
+            # GPUs compute fp32 products as tf32x3, of 22 bits: so exact is a score, and its exponential relatively.
+            slack += 2**-21 * _largest(exact.lse) * _largest(exact_all[name])
         ratios[name] = _compare(what, tensor, exact_all[name], plain_all[name], slack)
     return ratios
 

@@ -56,8 +56,8 @@ class Sizes(NamedTuple):
 def coded(number: int) -> int:
     """A number for a launch that must not decide what is compiled.
 
-    Triton compiles anew for an integer that is 1 or a multiple of 16, inside tuples whatever do_not_specialize says (seen
-    in 3.6 and 3.7). 2 * number + 3 is neither.
+    Triton compiles anew for an integer that is 1 or a multiple of 16, inside tuples whatever do_not_specialize says
+    (seen in 3.6 and 3.7). 2 * number + 3 is neither.
     """
     return 2 * number + 3
 

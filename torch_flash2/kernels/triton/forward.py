@@ -47,7 +47,8 @@ def _attend(
         new_max = tl.maximum(row_max, tl.max(s, 1) * head.scale2)
         base = new_max
         if MASKED or len(STEPS.VALUE) > 0:
-            # A row that has seen no key yet, or only biases of -inf, keeps -inf as its maximum; subtracting it gives NaN.
+            # A row that has seen no key yet, or only biases of -inf, keeps -inf as its maximum; subtracting it gives
+            # NaN.
             base = tl.where(new_max == -float("inf"), 0.0, new_max)
         p = tl.exp2(s * head.scale2 - base[:, None])
         decay = tl.exp2(row_max - base)
