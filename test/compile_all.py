@@ -17,10 +17,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch_flash2 import dispatch, hardware, problem
-from torch_flash2.testing import DTYPES, Case
+# A script's own folder is on the path, the clone that it belongs to is not.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from torch_flash2 import dispatch, hardware, problem  # noqa: E402
+from torch_flash2.testing import DTYPES, Case  # noqa: E402
 
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 BUCKETS = (64, 128, 256, 512)
@@ -104,6 +108,9 @@ def run_job(job: Job) -> list[Outcome]:
     case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, job.head_dim, job.dtype, **mix)
     try:
         posed, kernels = compile_case(case, job.direction, job.arch)
+    except dispatch.UnsupportedError as error:
+        # A refusal is an answer where the smallest tiles do not fit; any other is a failure.
+        return [Outcome(job, "refused", 0, "" if "bytes of shared memory" in str(error) else str(error))]
     except Exception as error:
         return [Outcome(job, "", 0, f"{type(error).__name__}: {str(error)[:500]}")]
     limit = posed.hardware.shared_memory

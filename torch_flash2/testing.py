@@ -45,7 +45,7 @@ class Case:
     key of LENGTHS; `documents` and `documents_k` then give the length of each segment as a share of
     seqlen_q and seqlen_k, and `tail` rows that belong to no document follow. `magnitude` multiplies
     the queries. `tags`: "model", "regression", "large" (tens of GiB), "inf_bias" (a bias with -inf,
-    as a float mask), "expanded_grad" (the gradient of out.sum()).
+    as a float mask), "large_logits" (scores of 1e4), "expanded_grad" (the gradient of out.sum()).
     """
 
     name: str

@@ -23,6 +23,10 @@ from .common import load_stats, query_tile, score_gradient, visible_keys
 from .tables import BackwardConfig
 
 
+# What the smallest tiles of 512 columns of fp32 take: queries, keys, values and output gradients.
+WIDE_FP32_BYTES = 132096
+
+
 @triton.jit
 def backward_stats(
     out, grad_out, lse_ptr, grad_lse_ptr, stats, coded_sizes, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
@@ -283,7 +287,7 @@ def backward_queries(
     tiles.store_rows(grad, place.row, place.stored, dq, BLOCK_M, BLOCK_D)
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
         # NaN here may come from a key that no row of the tile sees.
-        if tl.max(tl.max((dq != dq).to(tl.int32), 1), 0) > 0:
+        if tl.max((dq != dq).to(tl.int32)) > 0:
             plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
             _accumulate_carefully(
                 grad, q_tile, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE, STEPS
@@ -292,7 +296,13 @@ def backward_queries(
 
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
-    return launching.why_not(problem)
+    yield from launching.why_not(problem)
+    wide = max(problem.head_dim, problem.head_dim_v) > 256 and problem.dtype == torch.float32
+    if problem.hardware.type == "cuda" and wide and problem.hardware.shared_memory < WIDE_FP32_BYTES:
+        yield (
+            f"the backward of float32 with head dims over 256 needs {WIDE_FP32_BYTES} bytes of shared memory a block, "
+            f"the GPU has {problem.hardware.shared_memory}"
+        )
 
 
 def config(problem: Problem) -> BackwardConfig:

@@ -146,7 +146,7 @@ def attention_forward(
     tiles.store_rows(out_rows, place.row, place.stored, acc, MODE.BLOCK_M, MODE.BLOCK_DV)
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
         # NaN here may come from a value that no row of the tile sees.
-        if tl.max(tl.max((acc != acc).to(tl.int32), 1), 0) > 0:
+        if tl.max((acc != acc).to(tl.int32)) > 0:
             plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
             _attend_carefully(
                 out_rows, lse, q_tile, keys, plain, place, tile, span, head, scoring.inverse_keep, MODE, STEPS
