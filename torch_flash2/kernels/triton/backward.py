@@ -22,7 +22,6 @@ from . import bias_gradient, launching, tables
 from .common import load_stats, query_tile, score_gradient, visible_keys
 from .tables import BackwardConfig
 
-
 # What the smallest tiles of 512 columns of fp32 take: queries, keys, values and output gradients.
 WIDE_FP32_BYTES = 132096
 
