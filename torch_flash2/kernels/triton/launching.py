@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,11 +48,37 @@ def launch(kernel: Any, programs: int, device: torch.device, arguments: tuple[An
     handler = _instead.get()
     if handler is not None:
         handler(kernel, (programs,), arguments, options)
-    elif programs > 0 and device.type == "cuda" and device.index != torch.cuda.current_device():
+    elif programs > 0:
+        try:
+            _run(kernel, programs, device, arguments, options)
+        except OSError as error:
+            _move_cache(error)
+            _run(kernel, programs, device, arguments, options)
+
+
+def _run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(programs,)](*arguments, **options)
-    elif programs > 0:
+    else:
         kernel[(programs,)](*arguments, **options)
+
+
+@functools.cache
+def _temporary_cache() -> str:
+    return tempfile.mkdtemp(prefix="torch_flash2-triton-")
+
+
+def _move_cache(error: OSError) -> None:
+    """Give Triton a cache directory of this process where its own cannot be written; anything else is raised again."""
+    if triton.knobs.cache.dir == _temporary_cache():
+        raise error
+    warnings.warn(
+        f"Triton's cache directory {triton.knobs.cache.dir} cannot be used ({error}); compiling into {_temporary_cache()}, "
+        "for this process only. Set TRITON_CACHE_DIR to a directory that can be written.",
+        stacklevel=2,
+    )
+    triton.knobs.cache.dir = _temporary_cache()
 
 
 def why_not(problem: Problem) -> Iterator[str]:
