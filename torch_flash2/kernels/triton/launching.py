@@ -74,8 +74,8 @@ def _move_cache(error: OSError) -> None:
     if triton.knobs.cache.dir == _temporary_cache():
         raise error
     warnings.warn(
-        f"Triton's cache directory {triton.knobs.cache.dir} cannot be used ({error}); compiling into {_temporary_cache()}, "
-        "for this process only. Set TRITON_CACHE_DIR to a directory that can be written.",
+        f"Triton's cache directory {triton.knobs.cache.dir} cannot be used ({error}); compiling into "
+        f"{_temporary_cache()}, for this process only. Set TRITON_CACHE_DIR to a directory that can be written.",
         stacklevel=2,
     )
     triton.knobs.cache.dir = _temporary_cache()
