@@ -321,7 +321,10 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
     """Run it; each gradient has the shape, dtype and dimension order of its tensor."""
     out, lse, grad_out, grad_lse, wanted = saved
     if grad_out is None:
-        grad_out = out.new_zeros(()).expand(out.shape)
+        grad_out = torch.zeros_like(out)
+    elif grad_out.stride(3) != 1:
+        # That of out.sum() is expanded: configurations are chosen for rows that load at full width.
+        grad_out = grad_out.contiguous()
     tensors = (call.query, call.key, call.value, call.bias, call.sinks)
     found = Gradients(
         *(torch.empty_like(t) if want and t is not None else None for t, want in zip(tensors, wanted, strict=True))

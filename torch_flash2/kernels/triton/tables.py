@@ -87,7 +87,10 @@ def lookup(kernel: str, problem: Problem) -> Config | None:
     bits = problem.dtype.itemsize * 8
     width = max(block_dim(problem.head_dim), block_dim(problem.head_dim_v))
     bucket = next(size for size in BUCKETS if width <= size)
-    gpu = gpu_class(problem.hardware) if problem.hardware.type == "cuda" else "small"
+    # Without unit stride on D there are no wide loads, and tiles take shared memory of another shape: the rows for
+    # least memory.
+    small = problem.hardware.type != "cuda" or problem.layout == "strided"
+    gpu = "small" if small else gpu_class(problem.hardware)
     # Score steps, dropout and dense masks hold more in registers than the plain loop.
     extras = bool(problem.steps) or problem.dropout or problem.dense or not problem.positive_scale
     config = _row(kernel, gpu, bits, bucket, extras)
