@@ -172,7 +172,7 @@ def test_unsupported() -> None:
     expect(
         unsupported(lambda: attention(QUERY, make(4, 8, G, D), make(4, 8, G, D), pages=pages)),
         """\
-no kernel can run this call: forward on CPU, float32, B=2 H=4/2, M=8 N=32 D=16, mask full
+no kernel can run this call: forward on CPU, float32, B=2 H=4/2, M=6 N=32 D=16, mask full
   triton: it needs a CUDA GPU, the tensors are on the CPU; it has no paged keys and values yet
   cpu: it has no paged keys and values yet
   reference: it runs only when forced: its memory grows with M * N""",
@@ -191,7 +191,7 @@ def test_force() -> None:
     expect(
         unsupported(forced),
         """\
-no kernel can run this call: forward on CPU, float32, B=2 H=4/2, M=8 N=8 D=16, mask full
+no kernel can run this call: forward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask full
   triton: it needs a CUDA GPU, the tensors are on the CPU""",
     )
 

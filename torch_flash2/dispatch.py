@@ -145,11 +145,16 @@ def select(problem: Problem, force: str | None = None) -> Plan:
     Raises:
         UnsupportedError: none can; the text has every kernel's reasons.
     """
-    return _select(problem.key, force)
+    plan = _select(problem.key, force)
+    if not plan.kernel:
+        lines = "\n".join(f"  {candidate}: {'; '.join(reasons)}" for candidate, reasons in plan.rejected)
+        raise UnsupportedError(f"no kernel can run this call: {problem.describe()}\n{lines}")
+    return plan
 
 
 @functools.lru_cache(maxsize=4096)
 def _select(problem: Problem, force: str | None) -> Plan:
+    """The plan; its kernel is "" where none can run the problem."""
     name, _, overrides = (force or "").partition(" ")
     rejected: list[tuple[str, tuple[str, ...]]] = []
     for candidate in [name] if name else KERNELS:
@@ -162,5 +167,4 @@ def _select(problem: Problem, force: str | None) -> Plan:
                 config = _override(config, json.loads(overrides))
             return Plan(problem, candidate, config, tuple(rejected), bool(name))
         rejected.append((candidate, reasons))
-    lines = "\n".join(f"  {candidate}: {'; '.join(reasons)}" for candidate, reasons in rejected)
-    raise UnsupportedError(f"no kernel can run this call: {problem.describe()}\n{lines}")
+    return Plan(problem, "", None, tuple(rejected), bool(name))

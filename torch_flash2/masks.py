@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,9 +59,17 @@ class Band:
         """The interval [lo, hi) of rows that see key n, before clipping to [0, M)."""
         raise NotImplementedError
 
+    @property
+    def template(self) -> str:
+        """The text with `#` for every number."""
+        return self._written(lambda value: "#")
+
     def __str__(self) -> str:
+        return self._written(str)
+
+    def _written(self, number: Callable[[Int], str]) -> str:
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        shown = ", ".join("-" if value is None else str(value) for value in values)
+        shown = ", ".join("-" if value is None else number(value) for value in values)
         return f"{self.name}({shown})" if values else self.name
 
 
@@ -172,13 +180,17 @@ class Mask:
     __rand__ = __and__
 
     def __str__(self) -> str:
-        text = " & ".join(map(str, self.bands)) or "full"
-        return f"{text} @ {self.align}" if self.align is not None else text
+        return self._written([str(band) for band in self.bands])
 
     @property
     def template(self) -> str:
-        """The text with `#` for every number: what a kernel is specialised on."""
-        return _NUMBER.sub("#", str(self))
+        """The text with `#` for every number: what a kernel is specialised on. Numbers may be symbolic, so they are not
+        written."""
+        return self._written([band.template for band in self.bands])
+
+    def _written(self, bands: list[str]) -> str:
+        text = " & ".join(bands) or "full"
+        return f"{text} @ {self.align}" if self.align is not None else text
 
     @property
     def numbers(self) -> list[int]:
@@ -273,7 +285,6 @@ def dense(tensor: torch.Tensor) -> DenseMask:
     return DenseMask(Mask(), _as_dense(tensor))
 
 
-_NUMBER = re.compile(r"\d+")
 _TERM = re.compile(r"([a-z]+)\s*(?:\(([^()]*)\))?")
 
 

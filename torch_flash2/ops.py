@@ -161,6 +161,19 @@ def _autocast(device_type: str) -> Any:
     return cast
 
 
+def _keep_dtypes(device_type: str) -> Any:
+    """The backward computes in its inputs' dtypes, whatever autocast says."""
+    exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            return torch.ops.torch_flash2.backward(*arguments)
+
+    return run
+
+
+_library.impl("backward", _keep_dtypes("cuda"), "AutocastCUDA")
+_library.impl("backward", _keep_dtypes("cpu"), "AutocastCPU")
 _library.impl("forward", _autocast("cuda"), "AutocastCUDA")
 _library.impl("forward", _autocast("cpu"), "AutocastCPU")
 

@@ -89,7 +89,9 @@ def lookup(kernel: str, problem: Problem) -> Config | None:
     bucket = next(size for size in BUCKETS if width <= size)
     # Without unit stride on D there are no wide loads, and tiles take shared memory of another shape: the rows for
     # least memory.
-    small = problem.hardware.type != "cuda" or problem.layout == "strided"
+    # So do dense masks beside wide heads, whose own tiles are loaded ahead too.
+    wide_dense = problem.dense and width > 128
+    small = problem.hardware.type != "cuda" or problem.layout == "strided" or wide_dense
     gpu = "small" if small else gpu_class(problem.hardware)
     # Score steps, dropout and dense masks hold more in registers than the plain loop.
     extras = bool(problem.steps) or problem.dropout or problem.dense or not problem.positive_scale
