@@ -165,7 +165,7 @@ def config(problem: Problem) -> Config:
 
 def candidates(problem: Problem) -> Iterator[Config]:
     """Configurations worth measuring."""
-    return tables.forward_candidates(problem)
+    return tables.sweep(problem)
 
 
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

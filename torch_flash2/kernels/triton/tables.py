@@ -67,17 +67,12 @@ def _rows() -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _row(kernel: str, gpu: str, bits: int, bucket: int, extras: bool) -> Config | None:
-    matches = [
-        row for row in _rows()
-        if (row["kernel"], row["gpu"], row["bits"], row["bucket"]) == (kernel, gpu, bits, bucket) and row.get("extras",
-        extras) == extras
-    ]  # fmt: skip
+def _row(kernel: str, gpu: str, bits: int, bucket: int) -> Config | None:
+    wanted = (kernel, gpu, bits, bucket)
+    matches = [row for row in _rows() if (row["kernel"], row["gpu"], row["bits"], row["bucket"]) == wanted]
     if not matches and kernel == "backward_v":
         return None
-    assert len(matches) == 1, (
-        f"configs.json needs one row for {kernel} {gpu} {bits} {bucket} extras={extras}, has {len(matches)}"
-    )
+    assert len(matches) == 1, f"configs.json needs one row for {wanted}, has {len(matches)}"
     return Config(**matches[0]["config"])
 
 
@@ -93,9 +88,7 @@ def lookup(kernel: str, problem: Problem) -> Config | None:
     wide_dense = problem.dense and width > 128
     small = problem.hardware.type != "cuda" or problem.layout == "strided" or wide_dense
     gpu = "small" if small else gpu_class(problem.hardware)
-    # Score steps, dropout and dense masks hold more in registers than the plain loop.
-    extras = bool(problem.steps) or problem.dropout or problem.dense or not problem.positive_scale
-    config = _row(kernel, gpu, bits, bucket, extras)
+    config = _row(kernel, gpu, bits, bucket)
     if config is not None and problem.hardware.type == "cpu":
         # Triton's interpreter: small tiles find more edges, and the cost is per tile.
         config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32))
