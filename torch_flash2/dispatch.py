@@ -25,8 +25,9 @@ from typing import Any
 from . import settings
 from .problem import Problem
 
-# In order of preference; a kernel is a name and, per direction, a module.
+# In order of preference; a kernel is a name and, per direction that it has, a module.
 KERNELS: dict[str, dict[str, str]] = {
+    "hopper": {"forward": "kernels.hopper.forward"},
     "triton": {"forward": "kernels.triton.forward", "backward": "kernels.triton.backward"},
     "cpu": {"forward": "kernels.cpu", "backward": "kernels.cpu"},
     "reference": {"forward": "kernels.reference", "backward": "kernels.reference"},
@@ -76,6 +77,8 @@ def kernel(name: str, direction: str) -> ModuleType:
 
 def why_not(name: str, problem: Problem) -> tuple[str, ...]:
     """Why a kernel cannot run the problem; empty where it can."""
+    if name in KERNELS and problem.direction not in KERNELS[name]:
+        return (f"it has no {problem.direction}",)
     try:
         module = kernel(name, problem.direction)
     except ImportError as error:
