@@ -107,9 +107,9 @@ def why_not(problem: Problem) -> Iterator[str]:
 
 def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty out and lse of a call."""
-    B, H, M, _ = call.query.shape
-    out = call.query.new_empty(B, M, H, call.value.shape[3]).transpose(1, 2)
-    return out, call.query.new_empty(B, H, M, dtype=torch.float32)
+    query = call.query
+    out = torch.empty_strided(*problem_module.output_like(call), dtype=query.dtype, device=query.device)
+    return out, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
 
 
 def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
