@@ -23,6 +23,7 @@ LAYERS = (
     ("cli", "frontends"),
     ("",),  # torch_flash2 itself: what is public
     ("attention",),
+    ("direct", "policy", "stock"),
     ("ops",),
     ("dispatch", "flops"),
     ("kernels",),

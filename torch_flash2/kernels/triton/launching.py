@@ -43,25 +43,34 @@ def instead(handler: Callable[..., Any]) -> Iterator[None]:
         _instead.reset(token)
 
 
+def handler() -> Callable[..., Any] | None:
+    """What launches are handed to here, if anything."""
+    return _instead.get()
+
+
 def launch(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], **options: Any) -> None:
     """Launch programs of a kernel on a device, which need not be the current one; nothing where there are none."""
-    handler = _instead.get()
-    if handler is not None:
-        handler(kernel, (programs,), arguments, options)
+    handle = _instead.get()
+    if handle is not None:
+        handle(kernel, (programs,), arguments, options)
     elif programs > 0:
-        try:
-            _run(kernel, programs, device, arguments, options)
-        except OSError as error:
-            _move_cache(error)
-            _run(kernel, programs, device, arguments, options)
+        run(kernel, programs, device, arguments, options)
 
 
-def _run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch, whatever `instead` says; returns Triton's compiled kernel."""
+    try:
+        return _run(kernel, programs, device, arguments, options)
+    except OSError as error:
+        _move_cache(error)
+        return _run(kernel, programs, device, arguments, options)
+
+
+def _run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **options)
-    else:
-        kernel[(programs,)](*arguments, **options)
+            return kernel[(programs,)](*arguments, **options)
+    return kernel[(programs,)](*arguments, **options)
 
 
 @functools.cache

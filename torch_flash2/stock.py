@@ -1,0 +1,87 @@
+"""PyTorch's own scaled_dot_product_attention: its arguments as one value, and which of its backends it would choose.
+
+B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend
+
+
+class Sdpa(NamedTuple):
+    """The arguments of scaled_dot_product_attention, in its order."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Query, key, value and, where there is one, the mask."""
+        three = (self.query, self.key, self.value)
+        return three if self.attn_mask is None else (*three, self.attn_mask)
+
+
+def hint(size: Any) -> int:
+    """A size as a number without a guard; a symbolic one by the example that it was traced with."""
+    if isinstance(size, torch.SymInt):
+        found = size.node.hint
+        return int(found) if found is not None else 4096
+    return int(size)
+
+
+def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same sizes, strides and dtype, without memory; symbolic sizes by their hints."""
+    sizes, strides = ([hint(n) for n in part] for part in (tensor.shape, tensor.stride()))
+    return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device="meta")
+
+
+@contextlib.contextmanager
+def outside_tracing() -> Iterator[None]:
+    """In this block nothing is traced: PyTorch's modes do not see what it computes."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+def choice(arguments: Sdpa) -> str:
+    """The backend that PyTorch would choose here and now, by its name in SDPBackend; "ERROR" where it would raise.
+
+    Traced tensors are judged by the sizes that they were traced with.
+    """
+    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in arguments.tensors):
+        return _choice(arguments)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = arguments.query.device
+    with outside_tracing(), FakeTensorMode() if device.type == "cuda" else contextlib.nullcontext():
+        # On the CPU fake tensors would always say MATH; real ones cost no memory as long as nobody writes them. A fake
+        # CUDA tensor that requires a gradient ends the process where PyTorch was built without CUDA.
+        grad = device.type != "cuda" or torch.cuda.is_available()
+        query, key, value, *mask = (
+            torch.empty_like(on_meta(tensor), device=device).requires_grad_(grad and tensor.requires_grad)
+            for tensor in arguments.tensors
+        )
+        return _choice(arguments._replace(query=query, key=key, value=value, attn_mask=mask[0] if mask else None))
+
+
+def _choice(arguments: Sdpa) -> str:
+    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = arguments
+    try:
+        found = torch._fused_sdp_choice(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    except (RuntimeError, NotImplementedError):
+        return "ERROR"
+    return str(SDPBackend(found).name)
