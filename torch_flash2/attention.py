@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, masks, ops
+from . import direct, dispatch, masks, ops
 from .masks import DenseMask, Mask
 from .problem import Call, Lengths, Pages
 
@@ -71,7 +71,7 @@ def attention(
     call = _call(query, key, value, mask, bias, softcap, alibi_slopes, sinks, dropout_p, scale, lengths, pages)
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_forward_ad(call)
-    out, lse = torch.ops.torch_flash2.forward(*call)
+    out, lse = direct.run(call)
     return (out, lse) if return_lse else out
 
 
