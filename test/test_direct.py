@@ -194,7 +194,7 @@ def test_buffers_keep_their_distances(log: list[Any]) -> None:
     log.clear()
     recording((*call[: direct.TENSORS], *saved[:4]))
     stats = {tuple(arguments[4][:2]) for kernel, _, arguments in log if kernel.fn.__name__ == "backward_keys"}
-    (lse2, delta), = stats
+    ((lse2, delta),) = stats
     assert delta - lse2 == 2 * 4 * 256 * 4
 
 
