@@ -7,6 +7,7 @@ from .attention import attention as attention
 from .attention import explain as explain
 from .dispatch import UnsupportedError as UnsupportedError
 from .dispatch import force as force
+from .frontends import registry as _registry
 from .frontends.sdpa import disable as disable
 from .frontends.sdpa import enable as enable
 from .frontends.sdpa import enabled as enabled
@@ -15,3 +16,5 @@ from .frontends.sdpa import stats as stats
 from .masks import Mask as Mask
 from .problem import Lengths as Lengths
 from .problem import Pages as Pages
+
+_registry.register()
