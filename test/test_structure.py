@@ -31,7 +31,7 @@ LAYERS = (
     ("kernels.bundles",),
     ("problem",),
     ("masks", "scores"),
-    ("_version", "hardware", "settings"),
+    ("_version", "autoload", "hardware", "settings"),
 )
 # The package gathers what is public, and what tests share stands beside it: no rule for these.
 FREE = ("", "oracle", "testing")

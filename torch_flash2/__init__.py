@@ -8,6 +8,7 @@ from .attention import explain as explain
 from .dispatch import UnsupportedError as UnsupportedError
 from .dispatch import force as force
 from .frontends import registry as _registry
+from .frontends import sdpa as _sdpa
 from .frontends.sdpa import disable as disable
 from .frontends.sdpa import enable as enable
 from .frontends.sdpa import enabled as enabled
@@ -18,3 +19,4 @@ from .problem import Lengths as Lengths
 from .problem import Pages as Pages
 
 _registry.register()
+_sdpa.enable_as_the_environment_says()

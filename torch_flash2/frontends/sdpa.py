@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import direct, dispatch, hardware, masks, policy, problem, settings, stock
+from .. import autoload, direct, dispatch, hardware, masks, policy, problem, settings, stock
 from .._version import __version__
 from ..dispatch import UnsupportedError
 from ..problem import Call, Problem
@@ -164,6 +164,11 @@ def judge(arguments: Sdpa, needs_grad: bool, rule: str) -> Verdict:
         plans = [dispatch.select(posed, dispatch.forced())]
         if needs_grad:
             plans.append(dispatch.select(dataclasses.replace(posed, direction="backward"), dispatch.forced()))
+        # A plan is shared by problems that no kernel tells apart: this one's sizes go back in.
+        plans = [
+            dataclasses.replace(plan, problem=dataclasses.replace(posed, direction=plan.problem.direction))
+            for plan in plans
+        ]
     except UnsupportedError as error:
         if rule == "strict":
             raise
@@ -451,6 +456,16 @@ def is_enabled() -> str | None:
     return _policies[-1] if _policies else None
 
 
+def enable_as_the_environment_says() -> None:
+    """`enable` with the policy that TORCH_FLASH2 names, if it is set. Never raises."""
+    try:
+        chosen = settings.policy()
+        if chosen is not None:
+            enable(chosen)
+    except Exception as error:
+        autoload.complain(error)
+
+
 _installed_for = ""
 
 
@@ -477,9 +492,11 @@ def _remove(index: int) -> None:
 
 
 def _changed() -> None:
-    """What depends on the policy: the verdicts, and the keys of PyTorch's caches on disk."""
+    """What depends on the policy: the verdicts, what PyTorch's Python dispatcher remembers of the op from traces, and
+    the keys of PyTorch's caches on disk."""
     global _salt
     _entries.clear()
+    getattr(torch.ops.aten.scaled_dot_product_attention.default, "_dispatch_cache", {}).clear()
     config: Any = torch.compiler.config
     tag = config.cache_key_tag
     if _salt is not None:
