@@ -6,6 +6,7 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of q
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import torch
@@ -211,6 +212,12 @@ def disagreements(call: SdpaCall, found: dict[str, torch.Tensor], device: str = 
         if error > allowed:
             problems.append(f"{name}: error {error:.3e} passes {allowed:.3e}; the largest value is {largest:.3e}")
     return problems
+
+
+def forget_compiled() -> None:
+    """torch._dynamo.reset(), where anything may have been compiled; importing it warns of what is none of ours."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _largest(tensor: torch.Tensor) -> float:

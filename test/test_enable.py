@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sdpa_calls
 import torch
 
 import torch_flash2
@@ -24,7 +25,7 @@ QUERY = torch.randn(1, 2, 5, 8)
 
 @pytest.fixture(autouse=True)
 def off() -> None:
-    torch._dynamo.reset()
+    sdpa_calls.forget_compiled()
     assert sdpa.is_enabled() is None
     torch_flash2.stats(reset=True)
 

@@ -30,7 +30,7 @@ sdp = torch.nn.functional.scaled_dot_product_attention
 @pytest.fixture(autouse=True)
 def on() -> Iterator[None]:
     """Every test runs with the policy "always" on the CPU."""
-    torch._dynamo.reset()
+    sdpa_calls.forget_compiled()
     torch_flash2.stats(reset=True)
     with torch_flash2.enabled("always", device_type="cpu"):
         yield

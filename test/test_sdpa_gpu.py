@@ -28,7 +28,7 @@ EXAMPLES = int(os.environ.get("SDPA_EXAMPLES", "100"))
 
 @pytest.fixture(autouse=True)
 def on() -> Iterator[None]:
-    torch._dynamo.reset()
+    sdpa_calls.forget_compiled()
     torch_flash2.stats(reset=True)
     with torch_flash2.enabled("always", device_type="cuda"):
         yield

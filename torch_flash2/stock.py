@@ -58,19 +58,19 @@ def outside_tracing() -> Iterator[None]:
 def choice(arguments: Sdpa) -> str:
     """The backend that PyTorch would choose here and now, by its name in SDPBackend; "ERROR" where it would raise.
 
-    Traced tensors are judged by the sizes that they were traced with.
+    Traced tensors are judged by the sizes that they were traced with; "ERROR" too where their device is not here.
     """
     if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in arguments.tensors):
         return _choice(arguments)
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     device = arguments.query.device
-    with outside_tracing(), FakeTensorMode() if device.type == "cuda" else contextlib.nullcontext():
-        # On the CPU fake tensors would always say MATH; real ones cost no memory as long as nobody writes them. A fake
-        # CUDA tensor that requires a gradient ends the process where PyTorch was built without CUDA.
-        grad = device.type != "cuda" or torch.cuda.is_available()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "ERROR"
+    with outside_tracing():
+        # PyTorch looks at sizes, dtypes, devices and the last stride: tensors of one row stand for the others.
         query, key, value, *mask = (
-            torch.empty_like(on_meta(tensor), device=device).requires_grad_(grad and tensor.requires_grad)
+            torch.empty(hint(tensor.shape[-1]), dtype=tensor.dtype, device=device)
+            .expand([hint(n) for n in tensor.shape])
+            .requires_grad_(tensor.requires_grad)
             for tensor in arguments.tensors
         )
         return _choice(arguments._replace(query=query, key=key, value=value, attn_mask=mask[0] if mask else None))
