@@ -290,9 +290,13 @@ _left: dict[Any, list[int]] = {}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _likeness(query: torch.Tensor, key: torch.Tensor, mask: Any, is_causal: bool, needs_grad: bool) -> tuple[Any, ...]:
+def _likeness(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float,
+    is_causal: bool, needs_grad: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     return (
-        query.shape, key.shape, query.dtype, mask is None, is_causal, needs_grad,
+        query.shape, key.shape, value.shape, query.dtype,
+        mask if mask is None else (mask.dtype, mask.requires_grad), dropout_p, is_causal, needs_grad,
         torch._C._get_flash_sdp_enabled(), torch._C._get_cudnn_sdp_enabled(),
     )  # fmt: skip
 
@@ -357,7 +361,7 @@ def _overriding(kernel: Any, autograd: bool) -> Callable[..., torch.Tensor]:
             )
         )
         if type(query) in _PLAIN:
-            counter = _left.get(_likeness(query, key, attn_mask, is_causal, needs_grad))
+            counter = _left.get(_likeness(query, key, value, attn_mask, dropout_p, is_causal, needs_grad))
             if counter is not None:
                 counter[0] += 1
                 if attn_mask is None and dropout_p == 0 and scale is None and not enable_gqa:
@@ -395,8 +399,7 @@ def _run(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
             _left.clear()
         _entries[signature] = entry
         if verdict.kind in ("slower", "excluded"):
-            query, key, _, mask, _, is_causal, *_ = arguments
-            _left[_likeness(query, key, mask, is_causal, needs_grad)] = entry.counter
+            _left[_likeness(*arguments[:6], needs_grad)] = entry.counter
     entry.counter[0] += 1
     return entry.attend(arguments, needs_grad) if entry.taken else None
 
