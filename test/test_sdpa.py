@@ -433,3 +433,18 @@ def test_inductor_and_attention_written_by_hand(training: bool) -> None:
 def test_strict_refuses_nothing_that_always_takes(call: SdpaCall) -> None:
     with torch_flash2.enabled("strict", device_type="cpu"):
         holds(call)
+
+
+def test_explain_says_what_pytorch_would_choose() -> None:
+    query, key, value = (t.detach() for t in qkv(N=33))
+    text = str(torch_flash2.explain(query, key, value, "causal"))
+    assert "runs on cpu" in text
+    assert text.endswith(
+        "scaled_dot_product_attention would choose FLASH_ATTENTION; enable() leaves such calls: "
+        "not measured on CPU, and PyTorch would choose FLASH_ATTENTION, which is fast"
+    )
+    bias = torch.zeros(33, 33, requires_grad=True)
+    assert "would choose MATH; enable() takes such calls" in str(torch_flash2.explain(query, key, value, bias=bias))
+    text = str(torch_flash2.explain(query, key, value, "causal & window(3, 0)", softcap=3.0))
+    assert text.endswith("has no such call: softcap, mask causal & window(3, 0)")
+    assert "two masks at once" in str(torch_flash2.explain(query, key, value, "causal", bias=bias))

@@ -61,6 +61,8 @@ grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for 
 for found, want in zip(grads, wanted, strict=True):
     torch.testing.assert_close(found, want)
 assert torch_flash2.stats() == {"cpu": 2}, torch_flash2.stats()
+del wrapped
+dist.barrier()
 dist.destroy_process_group()
 """
 

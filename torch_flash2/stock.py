@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention import SDPBackend
 
+from . import masks
+from .problem import Call, parse_mask
+
 
 class Sdpa(NamedTuple):
     """The arguments of scaled_dot_product_attention, in its order."""
@@ -30,6 +33,28 @@ class Sdpa(NamedTuple):
         """Query, key, value and, where there is one, the mask."""
         three = (self.query, self.key, self.value)
         return three if self.attn_mask is None else (*three, self.attn_mask)
+
+
+def of_call(call: Call) -> Sdpa | str:
+    """The call as scaled_dot_product_attention would take it, or what it does not have."""
+    mask = parse_mask(call)
+    absent = {
+        "softcap": call.softcap, "ALiBi slopes": call.alibi, "sinks": call.sinks, "cumulative lengths": call.cu_q,
+        "packed keys": call.cu_k, "used lengths": call.used_q, "used keys": call.used_k, "pages": call.block_table,
+    }  # fmt: skip
+    missing = [name for name, value in absent.items() if value is not None]
+    causal = mask.bands == masks.causal().bands and (
+        mask.align != "bottom-right" or call.query.shape[2] == call.key.shape[2]
+    )
+    if mask.bands and not causal:
+        missing.append(f"mask {mask}")
+    if sum((causal, call.dense is not None, call.bias is not None)) > 1:
+        missing.append("two masks at once")
+    if missing:
+        return ", ".join(missing)
+    attn_mask = call.bias if call.dense is None else call.dense
+    shared = call.query.shape[1] != call.key.shape[1]
+    return Sdpa(call.query, call.key, call.value, attn_mask, call.dropout_p, causal, call.scale, shared)
 
 
 def hint(size: Any) -> int:
