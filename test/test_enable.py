@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import subprocess
 import sys
@@ -150,11 +151,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(installed: Path, code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process."""
+def run(installed: Path, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process; -W error is for Python, further arguments are the code's."""
+    options = list(itertools.takewhile(lambda argument: argument in ("-W", "error"), arguments))
+    rest = arguments[len(options) :]
     env = {**os.environ, "PYTHONPATH": f"{installed}:{ROOT}", **environment}
     done = subprocess.run(
-        [sys.executable, *options, "-c", code], env=env, capture_output=True, text=True, timeout=200, cwd=installed
+        [sys.executable, *options, "-c", code, *rest],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=installed,
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -237,11 +245,13 @@ def test_inductors_workers(installed: Path) -> None:
     )
 
 
-@CUDA_BUILD
 def test_processes_with_and_without_share_no_graphs(installed: Path, tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
         "from torch._dynamo.utils import counters\n"
+        "if len(sys.argv) > 1:\n"
+        "    import torch_flash2\n"
+        "    torch_flash2.enable(device_type='cpu', policy=sys.argv[1])\n"
         "sdp = torch.nn.functional.scaled_dot_product_attention\n"
         "run = torch.compile(lambda query: sdp(query, query, query, is_causal=True), fullgraph=True)\n"
         "query = torch.randn(1, 2, 5, 8, requires_grad=True)\n"
@@ -252,8 +262,8 @@ def test_processes_with_and_without_share_no_graphs(installed: Path, tmp_path: P
         "print(hits, package is not None and any('traced' in label for label in package.stats()))\n"
     )
     printed = [
-        run(installed, code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), TORCH_FLASH2=value).stdout.split()
-        for value in ("always", "0", "always")
+        run(installed, code, *policy, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), TORCH_FLASH2="").stdout.split()
+        for policy in (["always"], [], ["always"])
     ]
     assert printed == [["0", "True"], ["0", "False"], ["1", "True"]]
 

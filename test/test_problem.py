@@ -278,7 +278,8 @@ forward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), so
 backward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), softcap, dropout
   runs on cpu
   config: path=tiled, rows=64
-  not triton: it needs a CUDA GPU, the tensors are on the CPU""",
+  not triton: it needs a CUDA GPU, the tensors are on the CPU
+scaled_dot_product_attention has no such call: softcap, mask causal & window(3, 0)""",
     )
     assert len(torch_flash2.explain(query, KEY, VALUE, needs_grad=False).plans) == 1
     with pytest.raises(TypeError, match="attention has no keyword softcaps"):

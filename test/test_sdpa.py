@@ -448,3 +448,17 @@ def test_explain_says_what_pytorch_would_choose() -> None:
     text = str(torch_flash2.explain(query, key, value, "causal & window(3, 0)", softcap=3.0))
     assert text.endswith("has no such call: softcap, mask causal & window(3, 0)")
     assert "two masks at once" in str(torch_flash2.explain(query, key, value, "causal", bias=bias))
+
+
+@compiled
+@pytest.mark.parametrize("sizes", [(33, 47), (33, 33), (20, 47)])
+def test_causal_bias(sizes: tuple[int, int]) -> None:
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    M, N = sizes
+    query, key, value = qkv(M=M, N=N)
+    for bias, align in ((causal_upper_left(M, N), "top-left"), (causal_lower_right(M, N), "bottom-right")):
+        found = sdp(query, key, value, bias)
+        torch.testing.assert_close(found, torch_flash2.attention(query, key, value, f"causal @ {align}"))
+        assert found.requires_grad
+    assert taken() == 2 and not left()
