@@ -6,6 +6,8 @@ B batch, H query heads, M query rows, N keys, D head dim.
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -227,3 +229,21 @@ def test_recordings_stand_back_for_hooks(log: list[Any]) -> None:
     finally:
         hooks.remove(print)
     assert recording.usable()
+
+
+def test_recordings_keep_no_tensors(log: list[Any]) -> None:
+    for direction in ("forward", "backward"):
+        call = call_of(bias=torch.randn(4, 96, 96).half(), dense=torch.rand(96, 96) > 0.5)
+        saved: list[Saved] = []
+        if direction == "backward":
+            out = torch.empty_like(call.query)
+            saved = [Saved(out, torch.randn(2, 4, 96), torch.randn_like(out), None, (True, True, True, True, False))]
+            del out
+        module, found, config = posed(call, direction, "sm90")
+        results, recording = module.record(found, config, call, *saved)
+        alive = [weakref.ref(t) for t in (*call, *results, *(saved[0] if saved else ())) if isinstance(t, torch.Tensor)]
+        assert recording is not None and len(alive) >= 7
+        del call, results, saved
+        log.clear()
+        gc.collect()
+        assert not [reference for reference in alive if reference() is not None]

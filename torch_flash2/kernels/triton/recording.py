@@ -109,12 +109,14 @@ class Recording:
     def _launch(self, compiled: Any, programs: int, arguments: tuple[Any, ...]) -> _Launch:
         if not hasattr(compiled, "packed_metadata"):
             raise UnrecordableError
-        makers = []
+        template, makers = list(arguments), []
         for place, argument in enumerate(arguments):
             maker = self._maker(argument)
             if maker is not None:
+                # A tensor of the recorded call would live as long as the recording.
+                template[place] = None
                 makers.append((place, maker))
-        return _Launch(compiled.run, compiled.function, compiled.packed_metadata, programs, list(arguments), makers)
+        return _Launch(compiled.run, compiled.function, compiled.packed_metadata, programs, template, makers)
 
     def _maker(self, value: Any) -> Callable[[list[int], list[Any]], Any] | None:
         """What makes an argument anew from pointers and tensors, inputs first; None for one that stays."""
@@ -145,7 +147,7 @@ class Recording:
             if makers[0] is not None and not any(makers[1:]):
                 first, rest = makers[0], tuple(value[1:])
                 return lambda pointers, tensors: (first(pointers, tensors), *rest)
-            pairs = list(zip(value, makers, strict=True))
+            pairs = [(item if maker is None else None, maker) for item, maker in zip(value, makers, strict=True)]
             return lambda pointers, tensors: tuple(
                 item if maker is None else maker(pointers, tensors) for item, maker in pairs
             )
