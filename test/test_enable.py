@@ -176,7 +176,7 @@ CUDA_BUILD = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="the vari
 
 
 @CUDA_BUILD
-@pytest.mark.parametrize("imports", ["import torch", "import torch, torch_flash2", "import torch_flash2, torch"])
+@pytest.mark.parametrize("imports", ["import torch", "import torch_flash2, torch"])
 def test_the_variable_alone_enables(installed: Path, imports: str) -> None:
     run(
         installed,
@@ -186,8 +186,7 @@ def test_the_variable_alone_enables(installed: Path, imports: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", ["", "0", "off"])
-def test_without_the_variable_nothing_is_loaded(installed: Path, value: str) -> None:
+def test_without_the_variable_nothing_is_loaded(installed: Path) -> None:
     run(
         installed,
         "import sys, time, torch\n"
@@ -204,7 +203,7 @@ def test_without_the_variable_nothing_is_loaded(installed: Path, value: str) -> 
         "import torch_flash2\n"
         "assert torch_flash2.frontends.sdpa.is_enabled() is None\n",
         "-W", "error",
-        TORCH_FLASH2=value,
+        TORCH_FLASH2="off",
     )  # fmt: skip
 
 
@@ -216,8 +215,6 @@ def test_without_triton(installed: Path) -> None:
 
 def test_it_never_raises(installed: Path) -> None:
     code = "import sys, torch\nprint(torch.__version__)\n"
-    done = run(installed, code, TORCH_FLASH2="banana")
-    assert "TORCH_FLASH2 must be one of fastest, always, strict" in done.stderr
     done = run(installed, code, "-W", "error", TORCH_FLASH2="banana")
     assert "TORCH_FLASH2 must be one of fastest, always, strict" in done.stderr
     hidden = "import sys\nsys.modules['torch_flash2'] = None\n" + code
