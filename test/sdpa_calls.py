@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -170,10 +171,17 @@ def stock_math(call: SdpaCall, device: str, dtype: torch.dtype) -> dict[str, tor
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
         elif mask is not None:
             mask = mask.to(dtype)
-        found, _ = torch.ops.aten._scaled_dot_product_attention_math(
-            query.to(dtype), key.to(dtype), value.to(dtype), mask, keywords["dropout_p"], keywords["is_causal"], kept,
-            scale=keywords["scale"], enable_gqa=keywords.get("enable_gqa", False),
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Dropout mask should only be used for testing")
+            found, _ = torch.ops.aten._scaled_dot_product_attention_math(
+                *(tensor.to(dtype) for tensor in (query, key, value)),
+                mask,
+                keywords["dropout_p"],
+                keywords["is_causal"],
+                kept,
+                scale=keywords["scale"],
+                enable_gqa=keywords.get("enable_gqa", False),
+            )
         return found
 
     return run(call, device, attend)

@@ -334,7 +334,7 @@ def test_double_backward_says_the_way_out() -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@compiled
 def test_forward_mode_says_the_way_out() -> None:
     query, key, value = qkv(grad=False)
     with torch.autograd.forward_ad.dual_level():

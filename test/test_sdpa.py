@@ -354,7 +354,7 @@ def test_selective_checkpointing_saves_attention() -> None:
 
 def test_jit_trace() -> None:
     query, key, value = (t.detach() for t in qkv())
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="deprecated"):
         traced = torch.jit.trace(lambda *inputs: sdp(*inputs) + 1, (query, key, value))
     assert torch.equal(traced(query, key, value), sdp(query, key, value) + 1)
 
@@ -401,6 +401,7 @@ def test_export_keeps_pytorchs_op() -> None:
         program = torch.export.export(Model(), inputs, strict=strict)
         targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
         assert targets == ["aten.scaled_dot_product_attention.default"]
+        assert taken() == 0 and set(left()) == {"stock, untouched: torch.export"}
     torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
 
 
