@@ -28,7 +28,6 @@ from torch_flash2.stock import Sdpa
 from .results import Table, environment
 
 RESULTS = Path(__file__).parent / "results"
-POLICY = Path(policy.__file__).parent / "policy.json"
 CLASS = tuple(policy.CallClass._fields)
 SIZES = ("B", "H", "G", "M", "N", "D")
 COLUMNS = ("date", "commit", "device", "driver", "torch", "triton", *CLASS, *SIZES, "ours_ms", "stock_ms", "stock")
@@ -167,7 +166,7 @@ def write() -> None:
             }
         )  # fmt: skip
     lines = ",\n".join(json.dumps(row) for row in found)
-    POLICY.write_text(f"[\n{lines}\n]\n" if found else "[]\n")
+    policy.POLICY.write_text(f"[\n{lines}\n]\n" if found else "[]\n")
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from .problem import Problem
 
+POLICY = Path(__file__).parent / "policy.json"
 WIDTHS = (64, 128, 256, 512)
 # Backends of PyTorch that lose where nothing was measured.
 SLOW = ("MATH", "EFFICIENT_ATTENTION")
@@ -71,7 +72,7 @@ class Measured(NamedTuple):
 @functools.cache
 def table() -> dict[tuple[str, CallClass], Measured]:
     """The measurements by GPU and class."""
-    rows: list[dict[str, Any]] = json.loads((Path(__file__).parent / "policy.json").read_text())
+    rows: list[dict[str, Any]] = json.loads(POLICY.read_text())
     return {
         (row["gpu"], CallClass(**row["class"])): Measured(
             row["stock_ms"] / row["ours_ms"], row["stock"], f"{row['gpu']}, torch {row['torch']}, {row['date']}"
@@ -83,12 +84,17 @@ def table() -> dict[tuple[str, CallClass], Measured]:
 @functools.cache
 def fingerprint() -> str:
     """Tells one set of measurements from another."""
-    return hashlib.sha256((Path(__file__).parent / "policy.json").read_bytes()).hexdigest()[:8]
+    return hashlib.sha256(POLICY.read_bytes()).hexdigest()[:8]
 
 
 def measured(problem: Problem) -> Measured | None:
-    """The measurement of a call's class, or of the same class without shared heads."""
+    """The measurement of a call's class, or of the same class without shared heads.
+
+    Head dims between those measured have none: kernels round them up, each to sizes of its own.
+    """
     found = class_of(problem)
+    if not problem.head_dim == problem.head_dim_v == found.width:
+        return None
     gpu = problem.hardware.name
     return table().get((gpu, found)) or table().get((gpu, found._replace(grouped=False)))
 
