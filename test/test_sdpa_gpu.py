@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import sdpa_calls
@@ -152,3 +154,47 @@ def test_other_device_types_are_left_alone() -> None:
     with pytest.raises(RuntimeError, match="enabled for cuda already"):
         torch_flash2.enable(device_type="cpu")
     assert sdpa.is_enabled() == "always"
+
+
+@pytest.mark.filterwarnings("default")
+def test_registry() -> None:
+    """Activated, it runs what PyTorch gives to FLASH_ATTENTION: dense calls, nested tensors, packed ones."""
+    from torch.nn import attention as registry
+
+    counted: list[int] = []
+    original = torch_flash2.direct.run
+
+    def counting(call: Any) -> Any:
+        counted.append(1)
+        return original(call)
+
+    sdpa.disable()
+    registry.activate_flash_attention_impl("torch_flash2")
+    try:
+        with mock.patch.object(torch_flash2.direct, "run", counting), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            leaves = [
+                torch.randn(2, 4, 130, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+            ]
+            out = sdp(*leaves, is_causal=True)
+            gradients = torch.autograd.grad(out.float().sum(), leaves)
+            assert len(counted) == 1
+            parts = [torch.randn(n, 4, 64, device="cuda", dtype=torch.bfloat16) for n in (50, 7, 90)]
+            nested = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+            mixed = sdp(nested, nested, nested, is_causal=True)
+            assert len(counted) == 2
+            dropped = sdp(*leaves, dropout_p=0.5)
+            torch.autograd.grad(dropped.float().sum(), leaves)
+            # The same compiled graph serves both, since it has aten's op.
+            compiled = torch.compile(lambda *tensors: sdp(*tensors, is_causal=True), fullgraph=True)
+            torch.testing.assert_close(compiled(*leaves), out, atol=2e-2, rtol=2e-2)
+            assert len(counted) == 4
+    finally:
+        registry.restore_flash_attention_impl()
+        torch_flash2.enable("always", device_type="cuda")
+    wanted = torch_flash2.attention(*leaves, "causal")
+    torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
+    for one, other in zip(gradients, torch.autograd.grad(wanted.float().sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other, atol=4e-2, rtol=4e-2)
+    for part, found in zip(parts, mixed.transpose(1, 2).unbind(), strict=True):
+        tensors = [part.transpose(0, 1)[None]] * 3
+        torch.testing.assert_close(found.transpose(0, 1)[None], sdp(*tensors, is_causal=True), atol=2e-2, rtol=2e-2)
