@@ -18,6 +18,7 @@ import torch
 import torch_flash2
 from torch_flash2 import autoload
 from torch_flash2.frontends import sdpa
+from torch_flash2.stock import Sdpa
 
 ROOT = Path(__file__).parents[1]
 sdp = torch.nn.functional.scaled_dot_product_attention
@@ -274,3 +275,7 @@ def test_torch_logs(installed: Path) -> None:
     assert "forward on CPU, float32, B=1 H=2, M=5 N=5 D=8, mask full: taken: cpu; policy always" in lines[0]
     assert "mask causal" in lines[2]
     assert not run(installed, code, TORCH_FLASH2="always").stderr
+
+
+def test_a_call_that_meets_a_disable_is_pytorchs() -> None:
+    assert sdpa._run(Sdpa(QUERY, QUERY, QUERY), False) is None

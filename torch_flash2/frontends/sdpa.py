@@ -392,7 +392,11 @@ def _run(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
     signature = _signature(arguments, needs_grad)
     entry = _entries.get(signature)
     if entry is None:
-        verdict = judge(arguments, needs_grad, _policies[-1])
+        rule = is_enabled()
+        if rule is None:
+            # Another thread has just disabled it.
+            return None
+        verdict = judge(arguments, needs_grad, rule)
         _log(arguments, verdict)
         entry = _Entry(arguments, verdict)
         if len(_entries) >= _MOST_ENTRIES:
@@ -407,7 +411,10 @@ def _run(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
 
 def _trace(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
     """The output of a traced call."""
-    verdict = judge(arguments, needs_grad, _policies[-1])
+    rule = is_enabled()
+    if rule is None:
+        return None
+    verdict = judge(arguments, needs_grad, rule)
     if type(arguments.query).__name__ == "FakeTensor":
         _log(arguments, verdict)
         _counter(f"traced: {verdict.label}")[0] += 1
