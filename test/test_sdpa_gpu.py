@@ -40,15 +40,13 @@ def on() -> Iterator[None]:
 @settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False, database=None
 )
-@given(sdpa_calls.calls(gpu=True))
+@given(sdpa_calls.gpu_calls())
 def test_random_calls(call: SdpaCall) -> None:
     torch_flash2.stats(reset=True)
     # The first of its signature launches the long way, the second by what was recorded.
-    for _ in range(2):
-        found = sdpa_calls.run(call, "cuda")
-        problems = sdpa_calls.disagreements(call, found, "cuda")
-        assert not problems, f"{call}: {problems}"
-    assert list(torch_flash2.stats()) == ["triton"], torch_flash2.stats()
+    problems = sdpa_calls.disagreements(call, *(sdpa_calls.run(call, "cuda") for _ in range(2)), device="cuda")
+    assert not problems, f"{call}: {problems}"
+    assert torch_flash2.stats() == {"triton": 2}, torch_flash2.stats()
 
 
 @pytest.mark.parametrize("call", [
@@ -60,8 +58,7 @@ def test_random_calls(call: SdpaCall) -> None:
     SdpaCall(B=2, H=8, G=8, M=300, N=300, D=192, Dv=128, dtype="bf16", mask="causal"),
 ], ids=["pytorch-196678", "pytorch-193893", "d512-gqa", "fp32-gqa-bias", "d100", "mla"])  # fmt: skip
 def test_what_users_met(call: SdpaCall) -> None:
-    for _ in range(2):
-        assert not sdpa_calls.disagreements(call, sdpa_calls.run(call, "cuda"), "cuda")
+    assert not sdpa_calls.disagreements(call, *(sdpa_calls.run(call, "cuda") for _ in range(2)), device="cuda")
     assert list(torch_flash2.stats()) == ["triton"]
 
 
