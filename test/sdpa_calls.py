@@ -227,6 +227,7 @@ def disagreements(call: SdpaCall, *results: dict[str, torch.Tensor], device: str
         tensor, want = found[name], exact[name]
         if tensor.shape != want.shape:
             problems.append(f"{name}: {tuple(tensor.shape)} instead of {tuple(want.shape)}")
+        if tensor.shape != want.shape or tensor.numel() == 0:
             continue
         largest = _largest(want)
         eps = torch.finfo(tensor.dtype).eps
@@ -241,8 +242,13 @@ def disagreements(call: SdpaCall, *results: dict[str, torch.Tensor], device: str
                 rounding = 2**-21
             dots = _largest((upstream(call, found["out"]).double() * exact["out"]).abs().sum(-1))
             scale = call.D**-0.5 if call.scale is None else abs(call.scale)
-            other = {"query": "key", "key": "query"}.get(name)
-            allowed += rounding * dots * (1.0 if other is None else _largest(call.leaves(device)[other]) * scale)
+            if name == "attn_mask":
+                # Summed over what the mask was broadcast over.
+                allowed += rounding * dots * (call.B * call.H) ** 0.5
+            else:
+                other = _largest(call.leaves(device)["key" if name == "query" else "query"])
+                rows = max(call.M * call.H / call.G / call.N, 1.0) if name == "key" else 1.0
+                allowed += rounding * dots * other * scale * rows**0.5
         error = _largest((tensor.double() - want).nan_to_num(torch.inf))
         if error > allowed:
             problems.append(f"{name}: error {error:.3e} passes {allowed:.3e}; the largest value is {largest:.3e}")
