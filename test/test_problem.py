@@ -320,7 +320,8 @@ backward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), s
   runs on cpu
   config: path=tiled, rows=64
   not hopper: it has no backward
-  not triton: it needs a CUDA GPU, the tensors are on the CPU""",
+  not triton: it needs a CUDA GPU, the tensors are on the CPU
+scaled_dot_product_attention has no such call: softcap, mask causal & window(3, 0)""",
     )
     assert len(torch_flash2.explain(query, KEY, VALUE, needs_grad=False).plans) == 1
     with pytest.raises(TypeError, match="attention has no keyword softcaps"):

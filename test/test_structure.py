@@ -26,6 +26,7 @@ LAYERS = (
     ("cli", "frontends"),
     ("",),  # torch_flash2 itself: what is public
     ("attention",),
+    ("direct", "policy", "stock"),
     ("ops",),
     ("dispatch", "flops"),
     ("kernels",),
@@ -35,7 +36,7 @@ LAYERS = (
     ("kernels.bundles",),
     ("problem",),
     ("masks", "scores"),
-    ("_version", "hardware", "settings"),
+    ("_version", "autoload", "hardware", "settings"),
 )
 # The package gathers what is public, and what tests share stands beside it: no rule for these.
 FREE = ("", "oracle", "testing")
