@@ -7,7 +7,7 @@ segment begins.
 import triton
 import triton.language as tl
 
-from ..bundles import Sizes
+from ..bundles import PagedRows, Sizes
 
 
 @triton.jit
@@ -106,6 +106,53 @@ def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: 
 
 
 @triton.jit
+def paged_rows(x, b, head, paging):
+    """The rows of segment b where keys are paged."""
+    table = paging.table + tl.cast(b, tl.int64) * ((paging.row - 3) // 2)
+    return PagedRows(x, table, (paging.pages - 3) // 2, head)
+
+
+@triton.jit
+def _paged(rows, row, limit, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """Pointers [BLOCK] to rows row .. row + BLOCK of a segment in pages; a bad page number counts as the nearest."""
+    x = rows.x
+    r = row + tl.arange(0, BLOCK)
+    page = tl.load(rows.table + r // PAGE, mask=r < limit, other=0)
+    page = tl.minimum(tl.maximum(page, 0), rows.pages - 1)
+    at = page.to(tl.int64) * x.batch + (r % PAGE).to(tl.int64) * x.row
+    return x.ptr + tl.cast(rows.head, tl.int64) * x.head + at
+
+
+@triton.jit
+def load_keys(
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As load_rows, of rows in pages where PAGE is not 0; those are always checked."""
+    if PAGE > 0:
+        x = rows.x
+        c = tl.arange(0, COLS)
+        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < x.cols)[None, :]
+        at = _paged(rows, row, limit, BLOCK, PAGE)
+        return tl.load(at[:, None] + c.to(tl.int64)[None, :] * x.col, mask=inside, other=0.0)
+    else:
+        return load_rows(rows, row, limit, CHECK, BLOCK, COLS, WIDE)
+
+
+@triton.jit
+def load_key_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr):
+    """As load_columns, of rows in pages where PAGE is not 0."""
+    if PAGE > 0:
+        x = rows.x
+        c = column + tl.arange(0, COLS)
+        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < x.cols)[None, :]
+        at = _paged(rows, row, limit, BLOCK, PAGE)
+        return tl.load(at[:, None] + c.to(tl.int64)[None, :] * x.col, mask=inside, other=0.0)
+    else:
+        return load_columns(rows, row, limit, column, BLOCK, COLS)
+
+
+@triton.jit
 def store_rows(rows, row, limit, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
     """Store [BLOCK, COLS] as rows row .. row + BLOCK of a segment, those below limit."""
     x = rows.x
@@ -129,6 +176,12 @@ def load_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constex
     return tl.load(
         _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
     )
+
+
+@triton.jit
+def row_pointers(rows, row, BLOCK: tl.constexpr):
+    """Pointers [BLOCK] to rows row .. row + BLOCK of a segment."""
+    return _base(rows, row) + tl.arange(0, BLOCK).to(tl.int64) * rows.x.row
 
 
 @triton.jit
