@@ -353,7 +353,16 @@ def test_rejections() -> None:
     assert_expected_inline(
         "\n".join(map(complaint, calls)),
         """\
-""",
+TypeError: block_table must be int32, got torch.int64
+ValueError: block_table must be [B, pages per segment], B = 2, got (3,)
+ValueError: block_table must be [B, pages per segment], B = 2, got (1, 3)
+ValueError: paged keys are [pages, page_size, heads, head_dim] with page_size 32, got shape (6, 16, 2, 16)
+ValueError: block_table must have unit stride in its last dimension, got 2
+ValueError: key and value must agree in batch, heads and seqlen, got (6, 1, 16) and (6, 2, 16)
+ValueError: paged keys have no cu_k: block_table says where they lie, used_k how many there are
+ValueError: mask causal with block_table needs an explicit alignment: say align='bottom-right' (the last query row stands at the last used key, as in decoding) or align='top-left' (row 0 stands at key 0)
+ValueError: num_splits must be at least 1 (None leaves it to the library), got 0
+ValueError: bias of shape (1, 47) must broadcast to [B, H, M, N] = [2, 4, 1, 48]""",
     )
 
 

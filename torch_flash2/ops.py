@@ -20,7 +20,7 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? dense, Tensor? bias, Tensor? alibi, Tensor? sinks, Tensor? seed, "
     "Tensor? cu_q, Tensor? cu_k, Tensor? used_q, Tensor? used_k, Tensor? block_table, "
     "str mask, SymInt[] mask_numbers, float scale, float? softcap, float dropout_p, "
-    "SymInt? page_size, SymInt? max_q, SymInt? max_k, bool deterministic, str? force, SymInt? num_splits=None"
+    "SymInt? page_size, SymInt? max_q, SymInt? max_k, bool deterministic, str? force, SymInt? num_splits"
 )
 _SAVED = "Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse, bool[] wanted"
 

@@ -40,17 +40,19 @@ def load_and_score(q, q_rest, keys, keys_rest, n0, tile, head, CHECK: tl.constex
 
 @triton.jit
 def attend_carefully(
-    out, col, cols, stored, lse2, q, q_rest, keys, keys_rest, values, tile, start, stop, head, inverse_keep,
+    out, stored, lse2, q, q_rest, keys, keys_rest, values, tile, start, stop, head, inverse_keep,
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The output again, given the lse in log2 units, where some value of keys start .. stop is NaN or infinite.
 
     A masked score has weight 0, and 0 * NaN is NaN: values are made finite here, and an element is NaN only where its
     row sees one that was not. Sixteen columns at a time, because registers that this path needs would be spilled in the
-    main loops. `out` [BLOCK_M] points to rows of `cols` columns, those where `stored`.
+    main loops. `out` are pointers [BLOCK_M] to rows, of which those are `stored`, and their column stride.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     lse2 = tl.where(lse2 == -float("inf"), float("inf"), lse2)
+    pointers = out[0]
+    cols = values.x.cols
     for column in tl.range(0, cols, 16, num_stages=1):
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -69,8 +71,8 @@ def attend_carefully(
             taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
         c = column + tl.arange(0, 16)
         tl.store(
-            out[:, None] + c.to(tl.int64)[None, :] * col,
-            tl.where(taint > 0, float("nan"), acc).to(out.dtype.element_ty),
+            pointers[:, None] + c.to(tl.int64)[None, :] * out[1],
+            tl.where(taint > 0, float("nan"), acc).to(pointers.dtype.element_ty),
             mask=stored[:, None] & (c < cols)[None, :],
         )
 

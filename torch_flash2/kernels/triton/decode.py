@@ -193,7 +193,7 @@ def attention_decode(
         # NaN here may come from a value that no row of the tile sees.
         if tl.max((acc != acc).to(tl.int32)) > 0:
             attend_carefully(
-                at, col, cols, written, lse2, q_tile, rest_tile, keys, keys_rest, plain, tile, start, stop, head, 1.0,
+                (at, col), written, lse2, q_tile, rest_tile, keys, keys_rest, plain, tile, start, stop, head, 1.0,
                 MODE, STEPS,
             )  # fmt: skip
 

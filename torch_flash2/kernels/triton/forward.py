@@ -125,9 +125,8 @@ def attention_forward(
             else:
                 plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
             attend_carefully(
-                tiles.row_pointers(out_rows, place.row, BLOCK_M), out.col, out.cols, tile.at < tile.M,
-                lse * scores.LOG2E, q_tile, None, keys, None, plain, tile, span.start, span.stop, head,
-                scoring.inverse_keep, MODE, STEPS,
+                (tiles.row_pointers(out_rows, place.row, BLOCK_M), out.col), tile.at < tile.M, lse * scores.LOG2E,
+                q_tile, None, keys, None, plain, tile, span.start, span.stop, head, scoring.inverse_keep, MODE, STEPS,
             )  # fmt: skip
 
 
