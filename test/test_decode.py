@@ -382,3 +382,62 @@ def test_backward_of_few_rows() -> None:
     plan = str(torch_flash2.explain(*inputs.arguments, **inputs.keywords, needs_grad=True))
     assert "runs on decode" in plan and "not decode: it has no backward" in plan and "runs on triton" in plan
     testing.check(case)
+
+
+# TORCH_FLASH2_CHECK=1.
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_flash2.settings.checks", lambda: True)
+
+
+def bad_calls(device: str = "cpu") -> list[Callable[[], Any]]:
+    """Calls whose shapes are right and whose numbers are not."""
+    tensor = torch.randn(2, 2, 20, 16, device=device)
+    packed = torch.randn(1, 2, 20, 16, device=device)
+    pool = torch.randn(6, 16, 2, 16, device=device)
+
+    def ints(*numbers: Any) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    def pages(lengths: Lengths, *rows: list[int]) -> Callable[[], Any]:
+        return lambda: attention(tensor[:, :, :1], pool, pool, pages=Pages(ints(*rows), 16), lengths=lengths)
+
+    good = ints(0, 20)
+    return [
+        lambda: attention(packed, packed, packed, lengths=Lengths(ints(0, 12, 8), ints(0, 10, 20))),
+        lambda: attention(packed, packed, packed, lengths=Lengths(ints(-1, 12, 20), ints(0, 10, 20))),
+        lambda: attention(packed, packed, packed, lengths=Lengths(good, ints(0, 21))),
+        lambda: attention(packed, packed, packed, lengths=Lengths(good, good, ints(20), ints(-3))),
+        lambda: attention(tensor, tensor, tensor, lengths=Lengths(used_k=ints(20, 21))),
+        pages(Lengths(used_k=ints(17, 33)), [0, 5], [1, 2]),
+        pages(Lengths(used_k=ints(17, 16)), [0, 6], [1, -9]),
+        pages(Lengths(used_k=ints(17, 17)), [0, 5], [1, -9]),
+        pages(Lengths(), [0, 5], [1, -9]),
+    ]
+
+
+def test_checks(checked: None) -> None:
+    assert_expected_inline(
+        "\n".join(map(complaint, bad_calls())),
+        """\
+ValueError: cu_q must not decrease; at [2] it is 8
+ValueError: cu_q must lie between 0 and the 20 rows stored; at [0] it is -1
+ValueError: cu_k must lie between 0 and the 20 rows stored; at [1] it is 21
+ValueError: used_k must lie between 0 and its document's length; at [0] it is -3
+ValueError: used_k must lie between 0 and the 20 that there is room for; at [1] it is 21
+ValueError: used_k must lie between 0 and the 32 that there is room for; at [1] it is 33
+ValueError: block_table must name pages from 0 to 5 where keys are used; at [0, 1] it is 6
+ValueError: block_table must name pages from 0 to 5 where keys are used; at [1, 1] it is -9
+ValueError: block_table must name pages from 0 to 5 where keys are used; at [1, 1] it is -9""",
+    )
+    query, pool = torch.randn(2, 2, 1, 16), torch.randn(6, 16, 2, 16)
+    table = torch.tensor([[0, 5], [1, -9]], dtype=torch.int32)
+    used = Lengths(used_k=torch.tensor([17, 16], dtype=torch.int32))
+    attention(query, pool, pool, pages=Pages(table, 16), lengths=used)
+
+
+def test_unchecked_calls_return() -> None:
+    for run in bad_calls():
+        assert run() is not None

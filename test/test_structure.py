@@ -24,7 +24,7 @@ LAYERS = (
     ("",),  # torch_flash2 itself: what is public
     ("attention",),
     ("ops",),
-    ("dispatch", "flops"),
+    ("dispatch", "flops", "checks"),
     ("kernels",),
     ("kernels.device",),
     ("kernels.bundles",),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, flops, problem
+from . import checks, dispatch, flops, problem, settings
 from .problem import Call, Gradients, Saved
 
 _ARGUMENTS = (
@@ -64,6 +64,8 @@ def _posed(call: Call, direction: str, bias_grad: bool) -> tuple[problem.Problem
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = Call(*arguments)
     posed, plan = _posed(call, "forward", False)
+    if settings.checks():
+        checks.check(call)
     out, lse = plan.module.launch(posed, plan.config, call)
     return out, lse
 
