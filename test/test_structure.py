@@ -22,7 +22,7 @@ LAYERS = (
     ("__main__", "oracle", "testing"),
     ("cli", "frontends"),
     ("",),  # torch_flash2 itself: what is public
-    ("attention",),
+    ("attention", "caches"),
     ("ops",),
     ("dispatch", "flops", "checks"),
     ("kernels",),

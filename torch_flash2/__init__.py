@@ -5,8 +5,11 @@ from . import masks as masks
 from ._version import __version__ as __version__
 from .attention import attention as attention
 from .attention import explain as explain
+from .caches import append as append
+from .caches import rotate as rotate
 from .dispatch import UnsupportedError as UnsupportedError
 from .dispatch import force as force
 from .masks import Mask as Mask
 from .problem import Lengths as Lengths
 from .problem import Pages as Pages
+from .problem import Rotary as Rotary

@@ -9,6 +9,7 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of q
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ _library.define(f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 _library.define(
     f"backward({_SAVED}, {_ARGUMENTS}) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)",
 )
+_library.define(
+    "append(Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor key, Tensor? value, Tensor used_k, Tensor? block_table, "
+    "Tensor? batch_index, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
+)
+_library.define("rotate(Tensor query, Tensor used_k, Tensor cos, Tensor sin, bool interleaved, bool advance) -> Tensor")
 _SAVED_COUNT = len(Saved._fields)
 
 
@@ -210,6 +216,43 @@ def _entry(call: Call, dims: Call, index: int) -> list[Any]:
         value.select(dim, index) if isinstance(dim, int) and isinstance(value, torch.Tensor) else value
         for value, dim in pairs
     ]
+
+
+# Caches.
+
+
+def _cache_module(tensor: torch.Tensor) -> Any:
+    return importlib.import_module(".kernels.triton.append" if tensor.is_cuda else ".kernels.append", __package__)
+
+
+def _rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool) -> problem.Rotary | None:
+    return None if cos is None or sin is None else problem.Rotary(cos, sin, interleaved)
+
+
+def _append(*arguments: Any) -> None:
+    call = problem.Append(*arguments[:-3], _rotary(*arguments[-3:]))
+    _cache_module(call.key).launch(call)
+
+
+def _rotate(query: Any, used_k: Any, cos: Any, sin: Any, interleaved: bool, advance: bool) -> torch.Tensor:
+    out: torch.Tensor = _cache_module(query).rotate(query, used_k, _rotary(cos, sin, interleaved), advance)
+    return out
+
+
+@torch.library.register_fake("torch_flash2::append", lib=_library)
+def _append_fake(*arguments: Any) -> None:
+    """It writes into its arguments alone."""
+
+
+@torch.library.register_fake("torch_flash2::rotate", lib=_library)
+def _rotate_fake(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    B, H, S, D = query.shape
+    return query.new_empty(B, S, H, D).transpose(1, 2)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("append", _append, _key)
+    _library.impl("rotate", _rotate, _key)
 
 
 flops.register_when_imported()

@@ -46,6 +46,28 @@ class Pages(NamedTuple):
     page_size: int
 
 
+class Rotary(NamedTuple):
+    """Rotary embeddings: cos and sin [positions, R], of any floating dtype. The first 2 R columns of a row are turned:
+    column i with R + i, or with its neighbour where `interleaved`."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool = False
+
+
+class Append(NamedTuple):
+    """New rows for a cache, as caches.append describes them."""
+
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor | None
+    used_k: torch.Tensor
+    block_table: torch.Tensor | None
+    batch_index: torch.Tensor | None
+    rotary: Rotary | None
+
+
 class Call(NamedTuple):
     """The arguments of the ops, in the order of their schema."""
 
