@@ -113,14 +113,45 @@ def paged_rows(x, b, head, paging):
 
 
 @triton.jit
-def _paged(rows, row, limit, BLOCK: tl.constexpr, PAGE: tl.constexpr):
-    """Pointers [BLOCK] to rows row .. row + BLOCK of a segment in pages; a bad page number counts as the nearest."""
+def page_numbers(rows, row, limit, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """The pages of rows row .. row + BLOCK of a segment, 0 past limit: [BLOCK], or a scalar where all lie in one page
+    because row is a multiple of BLOCK. A bad number counts as the nearest. Nothing where PAGE is 0."""
+    if PAGE == 0:
+        return 0
+    else:
+        if PAGE % BLOCK == 0:
+            page = tl.load(rows.table + row // PAGE, mask=row < limit, other=0)
+        else:
+            r = row + tl.arange(0, BLOCK)
+            page = tl.load(rows.table + r // PAGE, mask=r < limit, other=0)
+        return tl.minimum(tl.maximum(page, 0), rows.pages - 1)
+
+
+@triton.jit
+def _paged(rows, pages, row, c, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """Pointers to columns c of rows row .. row + BLOCK of a segment in pages."""
     x = rows.x
-    r = row + tl.arange(0, BLOCK)
-    page = tl.load(rows.table + r // PAGE, mask=r < limit, other=0)
-    page = tl.minimum(tl.maximum(page, 0), rows.pages - 1)
-    at = page.to(tl.int64) * x.batch + (r % PAGE).to(tl.int64) * x.row
-    return x.ptr + tl.cast(rows.head, tl.int64) * x.head + at
+    base = x.ptr + tl.cast(rows.head, tl.int64) * x.head
+    if PAGE % BLOCK == 0:
+        base += pages.to(tl.int64) * x.batch + tl.cast(row % PAGE, tl.int64) * x.row
+        return base + (tl.arange(0, BLOCK)[:, None] * x.row + c[None, :] * x.col)
+    else:
+        at = pages.to(tl.int64) * x.batch + (row + tl.arange(0, BLOCK)) % PAGE * x.row
+        return (base + at)[:, None] + c[None, :] * x.col
+
+
+@triton.jit
+def load_keys_of(
+    rows, pages, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As load_rows, of rows in the pages that `page_numbers` gave, always checked; or as load_rows where PAGE is 0."""
+    if PAGE > 0:
+        c = tl.arange(0, COLS)
+        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < rows.x.cols)[None, :]
+        return tl.load(_paged(rows, pages, row, c, BLOCK, PAGE), mask=inside, other=0.0)
+    else:
+        return load_rows(rows, row, limit, CHECK, BLOCK, COLS, WIDE)
 
 
 @triton.jit
@@ -128,26 +159,19 @@ def load_keys(
     rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """As load_rows, of rows in pages where PAGE is not 0; those are always checked."""
-    if PAGE > 0:
-        x = rows.x
-        c = tl.arange(0, COLS)
-        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < x.cols)[None, :]
-        at = _paged(rows, row, limit, BLOCK, PAGE)
-        return tl.load(at[:, None] + c.to(tl.int64)[None, :] * x.col, mask=inside, other=0.0)
-    else:
-        return load_rows(rows, row, limit, CHECK, BLOCK, COLS, WIDE)
+    """As load_rows, of rows in pages where PAGE is not 0."""
+    pages = page_numbers(rows, row, limit, BLOCK, PAGE)
+    return load_keys_of(rows, pages, row, limit, CHECK, BLOCK, COLS, PAGE, WIDE)
 
 
 @triton.jit
 def load_key_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr):
     """As load_columns, of rows in pages where PAGE is not 0."""
     if PAGE > 0:
-        x = rows.x
         c = column + tl.arange(0, COLS)
-        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < x.cols)[None, :]
-        at = _paged(rows, row, limit, BLOCK, PAGE)
-        return tl.load(at[:, None] + c.to(tl.int64)[None, :] * x.col, mask=inside, other=0.0)
+        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < rows.x.cols)[None, :]
+        pages = page_numbers(rows, row, limit, BLOCK, PAGE)
+        return tl.load(_paged(rows, pages, row, c, BLOCK, PAGE), mask=inside, other=0.0)
     else:
         return load_columns(rows, row, limit, column, BLOCK, COLS)
 

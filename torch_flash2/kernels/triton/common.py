@@ -27,13 +27,14 @@ def run_steps(s, n, tile, head, STEPS: tl.constexpr):
 
 
 @triton.jit
-def load_and_score(q, q_rest, keys, keys_rest, n0, tile, head, CHECK: tl.constexpr, MODE: tl.constexpr, STEPS:
-    tl.constexpr):  # fmt: skip
+def load_and_score(
+    q, q_rest, keys, keys_rest, pages, n0, tile, head, MODE: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
     """The tile of keys from n0 on and its scores; q_rest and keys_rest are None but for MODE.REST columns more."""
-    k = tiles.load_keys(keys, n0, tile.N, CHECK, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PAGE, MODE.WIDE)
+    k = tiles.load_keys_of(keys, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PAGE, MODE.WIDE)
     s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
     if MODE.REST > 0:
-        rest = tiles.load_keys(keys_rest, n0, tile.N, CHECK, MODE.BLOCK_N, MODE.REST, MODE.PAGE, MODE.WIDE)
+        rest = tiles.load_keys_of(keys_rest, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.REST, MODE.PAGE, MODE.WIDE)
         s = tl.dot(q_rest, rest.T, s, input_precision=MODE.PRECISION)
     return k, run_steps(s, n0 + tl.arange(0, MODE.BLOCK_N), tile, head, STEPS)
 
@@ -57,7 +58,8 @@ def attend_carefully(
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
         for n0 in tl.range(start, stop, MODE.BLOCK_N, num_stages=1):
-            k, s = load_and_score(q, q_rest, keys, keys_rest, n0, tile, head, True, MODE, STEPS)
+            pages = tiles.page_numbers(keys, n0, tile.N, MODE.BLOCK_N, MODE.PAGE)
+            k, s = load_and_score(q, q_rest, keys, keys_rest, pages, n0, tile, head, MODE, STEPS)
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
             p = tl.exp2(tl.where(visible, s, -float("inf")) * head.scale2 - lse2[:, None])
             if head.dropout is not None:

@@ -11,6 +11,7 @@ the segment's own length and on S alone: with S given, a segment's bits are the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ... import masks
 from ...problem import Call, Problem, key_value, stored_keys
 from ..bundles import Head, Mode, Rows, Sizes, Strided, Tile, coded
 from ..device import bands, scores, tiles
@@ -27,17 +29,29 @@ from .tables import Config
 
 # Query rows from which on the forward's tiles are full enough.
 MOST_ROWS = 16
-# Where the library chooses, a split has at least this many tiles of keys, and a row at most this many splits.
+# Where the library chooses, a split has at least this many tiles of keys, and a segment at most this many splits.
 LEAST_TILES = 4
 MOST_SPLITS = 256
+# What choosing counts with: warps that a multiprocessor holds, and the time to start and end a program, in tiles.
+RESIDENT_WARPS = 10
+START_TILES = 2
+# Where lengths differ: waves of programs grow with the root of the tiles that a multiprocessor has, up to a limit.
+TILES_PER_WAVE = 16
+MOST_WAVES = 8
 
 
 class Splits(NamedTuple):
-    """How many splits, and the least number of tiles in one, both coded as sizes are. Where there are several, what they
-    leave for `decode_combine`, fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S]."""
+    """How many splits a segment has at most, and the least number of tiles in one; all numbers coded as sizes are.
+
+    Where lengths differ, `wanted` splits of all segments together are shared out by length, of which at most `reach` keys
+    of a segment count; None: each segment has `count`. Where there are several, what they leave for `decode_combine`,
+    fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S].
+    """
 
     count: Any
     least: Any
+    wanted: Any = None
+    reach: Any = None
     out: Any = None
     lse2: Any = None
 
@@ -53,8 +67,11 @@ def _attend(q, q_rest, keys, keys_rest, values, tile, start, stop, head, MODE: t
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    # Page numbers are loaded a tile ahead, so that the loads of keys need not wait for them.
+    pages = tiles.page_numbers(keys, start, tile.N, MODE.BLOCK_N, MODE.PAGE)
     for n0 in tl.range(start, stop, MODE.BLOCK_N):
-        k, s = load_and_score(q, q_rest, keys, keys_rest, n0, tile, head, True, MODE, STEPS)
+        next_pages = tiles.page_numbers(keys, n0 + MODE.BLOCK_N, tile.N, MODE.BLOCK_N, MODE.PAGE)
+        k, s = load_and_score(q, q_rest, keys, keys_rest, pages, n0, tile, head, MODE, STEPS)
         n = n0 + tl.arange(0, MODE.BLOCK_N)
         s = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), s, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1) * head.scale2)
@@ -67,16 +84,35 @@ def _attend(q, q_rest, keys, keys_rest, values, tile, start, stop, head, MODE: t
         if MODE.SHARED:
             v = k
         else:
-            v = tiles.load_keys(values, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PAGE, MODE.WIDE)
+            v = tiles.load_keys_of(
+                values, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PAGE, MODE.WIDE
+            )
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
+        pages = next_pages
     return acc, row_max, row_sum
 
 
 @triton.jit
-def _part(span, index, splits, BLOCK: tl.constexpr):
+def _all_tiles(used, B, limit, BLOCK: tl.constexpr):
+    """How many tiles of keys all segments have, each at most `limit` keys."""
+    total = tl.zeros([128], tl.int32)
+    for b0 in tl.range(0, B, 128):
+        b = b0 + tl.arange(0, 128)
+        length = tl.load(used + b, mask=b < B, other=0)
+        total += tl.cdiv(tl.minimum(tl.maximum(length, 0), limit), BLOCK)
+    return tl.sum(total)
+
+
+@triton.jit
+def _part(span, index, splits, used, sizes, BLOCK: tl.constexpr):
     """The keys [start, stop) of a split: equal parts of the span, in whole tiles, of at least `splits.least` tiles."""
     count = tl.cdiv(span.stop - span.start, BLOCK)
-    part = tl.maximum(tl.cdiv(count, (splits.count - 3) // 2), (splits.least - 3) // 2) * BLOCK
+    parts = (splits.count - 3) // 2
+    if splits.wanted is not None:
+        limit = tl.minimum((splits.reach - 3) // 2, sizes.N)
+        part = tl.maximum(tl.cdiv(_all_tiles(used, sizes.B, limit, BLOCK), (splits.wanted - 3) // 2), 1)
+        parts = tl.minimum(tl.maximum((count + part // 2) // part, 1), parts)
+    part = tl.maximum(tl.cdiv(count, parts), (splits.least - 3) // 2) * BLOCK
     start = tl.minimum(span.start + index * part, span.stop)
     return start, tl.minimum(start + part, span.stop)
 
@@ -122,7 +158,7 @@ def attention_decode(
     lo, hi = bands.intersect(tl.minimum(m, used_q - 1), used_k, used_q, used_k, shift, rules.numbers, KEYS)
     hi = tl.where(m < used_q, hi, lo)
     span = bands.tile_span(lo, hi, used_k, MODE.BLOCK_N, True)
-    start, stop = _part(span, split, splits, MODE.BLOCK_N)
+    start, stop = _part(span, split, splits, spans.used_k, sizes, MODE.BLOCK_N)
     tile = Tile(m, index, lo, hi, shift, used_q, used_k)
 
     # Operands of the scores are those of each row's head.
@@ -276,22 +312,52 @@ def candidates(problem: Problem) -> Iterator[Config]:
             yield candidate._replace(BLOCK_M=default.BLOCK_M)
 
 
-def split_count(problem: Problem, config: Config, keys: int) -> int:
-    """How many splits keep the GPU's multiprocessors evenly busy."""
-    programs = problem.batch * problem.heads_kv * triton.cdiv(problem.seqlen_q * problem.group, config.BLOCK_M)
+def _reach(mask: masks.Mask, keys: int) -> int:
+    """The most keys that a row sees."""
+    found, left, right = keys, keys, keys
+    for band in mask.bands:
+        if isinstance(band, masks.Chunk):
+            found = min(found, band.size)
+        elif isinstance(band, masks.Window):
+            left, right = min(left, keys if band.left is None else band.left), min(right, band.right or 0)
+        elif isinstance(band, masks.Causal):
+            right = 0
+    return min(found, left + right + 1)
+
+
+def _programs(problem: Problem, config: Config) -> int:
+    """How many programs one split of every segment takes."""
+    return problem.batch * problem.heads_kv * triton.cdiv(problem.seqlen_q * problem.group, config.BLOCK_M)
+
+
+def choose_splits(problem: Problem, config: Config, keys: int) -> Splits:
+    """Splits that keep the GPU's multiprocessors evenly busy with segments of up to that many keys."""
     width = problem.head_dim + (0 if _shared(problem) else problem.head_dim_v)
-    held = max(config.num_stages, 1) * config.BLOCK_N * width * problem.dtype.itemsize
-    resident = max(1, min(problem.hardware.shared_memory // held, 16 // config.num_warps))
-    slots = problem.hardware.multiprocessors * resident
-    count = triton.cdiv(keys, config.BLOCK_N)
-    best, least = 1, float("inf")
-    for splits in range(1, min(MOST_SPLITS, max(count // LEAST_TILES, 1)) + 1):
-        waves = triton.cdiv(programs * splits, slots)
+    held = max(config.num_stages - 1, 1) * config.BLOCK_N * width * problem.dtype.itemsize
+    resident = max(1, min(problem.hardware.shared_memory // held, RESIDENT_WARPS // config.num_warps))
+    slots, programs = problem.hardware.multiprocessors * resident, _programs(problem, config)
+    reach = _reach(problem.mask, keys)
+    count = triton.cdiv(reach, config.BLOCK_N)
+    most = min(MOST_SPLITS, max(count // LEAST_TILES, 1))
+    if "used_k" not in problem.lengths:
+        return Splits(coded(_even_splits(programs, slots, count, most)), coded(LEAST_TILES))
+    # Many short splits even out what lengths differ, and each costs a start and an end.
+    waves = min(max(round((programs * count / slots / TILES_PER_WAVE) ** 0.5), 1), MOST_WAVES)
+    most = min(most, triton.cdiv(3 * slots * waves, programs))
+    wanted = max(slots * waves * problem.batch // programs, 1)
+    return Splits(coded(most), coded(LEAST_TILES), coded(wanted), coded(reach))
+
+
+@functools.lru_cache(maxsize=4096)
+def _even_splits(programs: int, slots: int, count: int, most: int) -> int:
+    """How many splits of segments of `count` tiles fill the slots best."""
+
+    def cost(splits: int) -> int:
         # In tiles of one program: its keys, its start and end, and the second kernel.
-        cost = waves * (triton.cdiv(count, splits) + LEAST_TILES) + (LEAST_TILES if splits > 1 else 0)
-        if cost < least:
-            best, least = splits, cost
-    return best
+        waves = triton.cdiv(programs * splits, slots)
+        return waves * (triton.cdiv(count, splits) + START_TILES) + (START_TILES if splits > 1 else 0)
+
+    return min(range(1, most + 1), key=cost)
 
 
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,23 +366,20 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     keys = stored_keys(call)
     if problem.batch == 0 or 0 in call.query.shape or keys == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    least = 1
-    count = call.num_splits
-    if count is None:
-        least = LEAST_TILES
-        count = split_count(problem, config, min(keys, call.max_k or keys))
+    if call.num_splits is None:
+        splits = choose_splits(problem, config, min(keys, call.max_k or keys))
+    else:
+        splits = Splits(coded(call.num_splits), coded(1))
     B, H, M, Dv = out.shape
-    splits = Splits(coded(count), coded(least))
+    count = (splits.count - 3) // 2
     if count > 1:
-        splits = splits._replace(
-            out=lse.new_empty(B * H * M, count, Dv), lse2=lse.new_empty(B * H * M, count)
-        )
+        splits = splits._replace(out=lse.new_empty(B * H * M, count, Dv), lse2=lse.new_empty(B * H * M, count))
     spans, sizes, rules, scoring, operands = launching.bundle(problem, call)
     arguments = (
         *_tensors(problem, config, call), Strided.of(out), lse, splits, spans, sizes, rules, scoring, operands,
         _mode(problem, config), launching.steps(problem),
     )  # fmt: skip
-    programs = B * problem.heads_kv * triton.cdiv(M * problem.group, config.BLOCK_M) * count
+    programs = _programs(problem, config) * count
     launching.launch(attention_decode, programs, call.query.device, arguments, **config.options)
     if count > 1:
         _combine(splits, out, lse, call, sizes)
