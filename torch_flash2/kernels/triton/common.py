@@ -32,10 +32,18 @@ def load_and_score(
 ):  # fmt: skip
     """The tile of keys from n0 on and its scores; q_rest and keys_rest are None but for MODE.REST columns more."""
     k = tiles.load_keys_of(keys, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PAGE, MODE.WIDE)
-    s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
     if MODE.REST > 0:
+        BLOCK_M: tl.constexpr = MODE.BLOCK_M
+        BLOCK_N: tl.constexpr = MODE.BLOCK_N
         rest = tiles.load_keys_of(keys_rest, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.REST, MODE.PAGE, MODE.WIDE)
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # Always so. Of a product that another product follows, Triton has each warp group compute all rows; one in a
+        # branch it divides among them.
+        if n0 < tile.N:
+            s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
         s = tl.dot(q_rest, rest.T, s, input_precision=MODE.PRECISION)
+    else:
+        s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
     return k, run_steps(s, n0 + tl.arange(0, MODE.BLOCK_N), tile, head, STEPS)
 
 
