@@ -309,7 +309,9 @@ def test_no_leak(page: int | None, poison: float, where: str, splits: int) -> No
             assert out[:, :, :2].isnan().all() and lse[:, :, :2].isnan().all()
 
 
-@pytest.mark.parametrize("kernel", [pytest.param("decode", marks=interpreted), pytest.param("triton", marks=interpreted), "cpu"])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param("decode", marks=interpreted), pytest.param("triton", marks=interpreted), "cpu"]
+)
 def test_wild_pages(kernel: str) -> None:
     """Page numbers and lengths out of range are clamped: the nearest page, the room there is."""
     query, key = torch.randn(2, 2, 1, 16), torch.randn(4, 16, 1, 16)
@@ -335,8 +337,8 @@ def test_rejections() -> None:
     table = torch.zeros(2, 3, dtype=torch.int32)
     cu = torch.tensor([0, 3, 6], dtype=torch.int32)
 
-    def call(pages: Pages = Pages(table, 16), key: torch.Tensor = pool, **options: Any) -> Callable[[], Any]:
-        return lambda: attention(query, key, pool, pages=pages, **options)
+    def call(pages: Pages | None = None, key: torch.Tensor = pool, **options: Any) -> Callable[[], Any]:
+        return lambda: attention(query, key, pool, pages=pages or Pages(table, 16), **options)
 
     calls = (
         call(Pages(table.long(), 16)),
@@ -362,7 +364,7 @@ ValueError: key and value must agree in batch, heads and seqlen, got (6, 1, 16) 
 ValueError: paged keys have no cu_k: block_table says where they lie, used_k how many there are
 ValueError: mask causal with block_table needs an explicit alignment: say align='bottom-right' (the last query row stands at the last used key, as in decoding) or align='top-left' (row 0 stands at key 0)
 ValueError: num_splits must be at least 1 (None leaves it to the library), got 0
-ValueError: bias of shape (1, 47) must broadcast to [B, H, M, N] = [2, 4, 1, 48]""",
+ValueError: bias of shape (1, 47) must broadcast to [B, H, M, N] = [2, 4, 1, 48]""",  # noqa: E501
     )
 
 
@@ -452,7 +454,9 @@ COMPILED = [
 ]
 
 
-def compile_kernels(arch: str, dtype: str, dim: int, mix: str, batch: int = 4, heads: int = 32, keys: int = 4096) -> Any:
+def compile_kernels(
+    arch: str, dtype: str, dim: int, mix: str, batch: int = 4, heads: int = 32, keys: int = 4096
+) -> Any:
     """The kernels of a decoding call, and the shared memory there is."""
     import importlib
 

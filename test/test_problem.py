@@ -86,7 +86,9 @@ def test_masks() -> None:
             dict(mask=make(1, B, H, M, N) == 0),
             dict(mask="causal", lengths=Lengths(used_k=cu(3, 4))),
             dict(
-                mask="causal", key=make(4, 8, G, D), value=make(4, 8, G, D),
+                mask="causal",
+                key=make(4, 8, G, D),
+                value=make(4, 8, G, D),
                 pages=Pages(make(B, 1, dtype=torch.int32), 8),
             ),
         ),

@@ -55,11 +55,11 @@ def attention(
         dropout_p: in [0, 1); the mask comes from PyTorch's generator of the device.
         scale: defaults to 1 / sqrt(D).
         lengths: packed documents (then query is [1, H, total, D]) or padding, as int32 tensors on the device.
-        pages: keys and values are paged, [pages, page_size, G, D] and [pages, page_size, G, Dv], and the block table says
-            which pages are a segment's; `lengths.used_k` says how many keys it has. There is no backward through pages.
-        num_splits: into how many parts, at most, a segment's keys are split among programs where there are few query rows;
-            None leaves it to the library, which goes by the shapes. With any number, a segment's result has the same bits
-            whatever else is in its batch and however much room its cache has.
+        pages: key and value are paged, [pages, page_size, G, D] and [pages, page_size, G, Dv]; the block table says
+            which pages are a segment's, `lengths.used_k` how many keys it has. There is no backward through pages.
+        num_splits: into how many parts a segment's keys are split among programs where there are few query rows; None
+            leaves it to the library. With a number, a segment's result has the same bits whatever else is in its batch
+            and however much room its cache has.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -73,7 +73,9 @@ def attention(
     References:
         Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
     """
-    call = _call(query, key, value, mask, bias, softcap, alibi_slopes, sinks, dropout_p, scale, lengths, pages, num_splits)
+    call = _call(
+        query, key, value, mask, bias, softcap, alibi_slopes, sinks, dropout_p, scale, lengths, pages, num_splits
+    )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_forward_ad(call)
     out, lse = torch.ops.torch_flash2.forward(*call)

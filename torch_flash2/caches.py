@@ -25,8 +25,8 @@ def append(
 ) -> None:
     """Write new keys and values behind those that a cache holds, in place.
 
-    New row i of segment b goes to position used_k[b] + i; `used_k` itself stays as it is. Rows for which the cache has no
-    room, or the block table no valid page, are dropped. Nothing is read by the host: it works inside CUDA graphs.
+    New row i of segment b goes to position used_k[b] + i; `used_k` itself stays as it is. Rows for which the cache has
+    no room, or the block table no valid page, are dropped. Nothing is read by the host: it works inside CUDA graphs.
 
     Args:
         key_cache: [B, G, N, D], or [pages, page_size, G, D] where `pages` are given; any strides.
@@ -120,4 +120,3 @@ def _check_rotary(rotary: Rotary, rows: torch.Tensor) -> None:
             f"cos and sin must be [positions, angles] with at most {rows.shape[3] // 2} angles, got {tuple(cos.shape)} "
             f"and {tuple(sin.shape)}"
         )
-

@@ -1,6 +1,7 @@
 """TORCH_FLASH2_CHECK=1: lengths and page numbers are looked at before each call.
 
-Kernels clamp what is out of range, so that nothing outside the tensors is read, and say nothing; this says what is wrong.
+Kernels clamp what is out of range, so that nothing outside the tensors is read, and say nothing; this says what is
+wrong.
 B segments, N keys that a segment has room for.
 """
 
@@ -16,8 +17,8 @@ from .problem import Call, stored_keys
 def check(call: Call) -> None:
     """Look at the data of a call's lengths and pages: a debugging aid that waits for the device.
 
-    While a CUDA graph is captured, nothing can wait: there the same rules become assertions on the device, which end the
-    process's use of it when a replay breaks one.
+    While a CUDA graph is captured, nothing can wait: there the same rules become assertions on the device, which end
+    the process's use of it when a replay breaks one.
 
     Raises:
         ValueError: a length or a page number is out of range; the text has the rule, the place and the number.
@@ -55,4 +56,3 @@ def _rules(call: Call) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         read = torch.arange(table.shape[1], device=table.device)[None, :] * page_size < used[:, None]
         wild = (table < 0) | (table >= pages)
         yield f"block_table must name pages from 0 to {pages - 1} where keys are used", read & wild, table
-

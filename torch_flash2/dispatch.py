@@ -77,7 +77,7 @@ def kernel(name: str, direction: str) -> ModuleType:
 
 def why_not(name: str, problem: Problem) -> tuple[str, ...]:
     """Why a kernel cannot run the problem; empty where it can."""
-    if problem.direction not in KERNELS[name]:
+    if name in KERNELS and problem.direction not in KERNELS[name]:
         return (f"it has no {problem.direction}",)
     try:
         module = kernel(name, problem.direction)

@@ -31,8 +31,8 @@ _library.define(
     f"backward({_SAVED}, {_ARGUMENTS}) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)",
 )
 _library.define(
-    "append(Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor key, Tensor? value, Tensor used_k, Tensor? block_table, "
-    "Tensor? batch_index, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
+    "append(Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor key, Tensor? value, Tensor used_k, "
+    "Tensor? block_table, Tensor? batch_index, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
 )
 _library.define("rotate(Tensor query, Tensor used_k, Tensor cos, Tensor sin, bool interleaved, bool advance) -> Tensor")
 _SAVED_COUNT = len(Saved._fields)
@@ -230,7 +230,8 @@ def _rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: boo
 
 
 def _append(*arguments: Any) -> None:
-    call = problem.Append(*arguments[:-3], _rotary(*arguments[-3:]))
+    *tensors, cos, sin, interleaved = arguments
+    call = problem.Append._make([*tensors, _rotary(cos, sin, interleaved)])
     _cache_module(call.key).launch(call)
 
 

@@ -124,9 +124,9 @@ class Problem:
 
     `batch` counts segments; `seqlen_q` and `seqlen_k` are those of the tensors as stored, so totals where packed.
     `steps` names the score steps, `lengths` the length tensors that are present. `bias_dims` says in which of (B, H, M,
-    N) the bias varies. `page_size` is None where keys are not paged; `seqlen_k` is then the room of a segment's pages.
-    `value_in_key`: the value is the first columns of the key, the same memory. `layout` is "aligned" (unit stride on D, everything else a multiple of 16 bytes), "unit" (unit
-    stride on D) or "strided".
+    N) the bias varies. `page_size` is None where keys are not paged; where they are, `seqlen_k` is the room of a
+    segment's pages. `value_in_key`: the value is the first columns of the key, the same memory. `layout` is "aligned"
+    (unit stride on D, everything else a multiple of 16 bytes), "unit" (unit stride on D) or "strided".
     """
 
     direction: str

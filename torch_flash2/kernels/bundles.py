@@ -30,8 +30,8 @@ class Strided(NamedTuple):
 
 
 class Paging(NamedTuple):
-    """Where paged keys lie: `table` int32 [B, pages per segment], its row stride and the number of pages there are, both
-    coded as sizes are."""
+    """Where paged keys lie: `table` int32 [B, pages per segment], its row stride and the number of pages there are,
+    both coded as sizes are."""
 
     table: Any
     row: Any

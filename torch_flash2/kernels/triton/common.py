@@ -74,9 +74,7 @@ def attend_carefully(
                 p = tl.where(
                     philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0
                 )
-            v, bad = tiles.finite(
-                tiles.load_key_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16, MODE.PAGE)
-            )
+            v, bad = tiles.finite(tiles.load_key_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16, MODE.PAGE))
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
             taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
         c = column + tl.arange(0, 16)

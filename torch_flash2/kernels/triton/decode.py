@@ -2,10 +2,10 @@
 
 B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value,
 S splits.
-The H / G * M query rows that read one key head are packed into tiles (row m * H / G + j is row m of the group's head j),
-and keys are split among programs: each leaves a normalised output and its lse, which a second kernel combines
-(flash-decoding; Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). How keys are split depends on
-the segment's own length and on S alone: with S given, a segment's bits are the same whatever else is in its batch.
+The H / G * M query rows that read one key head are packed into tiles (row m * H / G + j is row m of the group's head
+j), and keys are split among programs: each leaves a normalised output and its lse, which a second kernel combines
+(flash-decoding; Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Where the caller gives S,
+how keys are split depends on S and the segment's own length alone: its bits are the same whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ MOST_WAVES = 8
 class Splits(NamedTuple):
     """How many splits a segment has at most, and the least number of tiles in one; all numbers coded as sizes are.
 
-    Where lengths differ, `wanted` splits of all segments together are shared out by length, of which at most `reach` keys
-    of a segment count; None: each segment has `count`. Where there are several, what they leave for `decode_combine`,
-    fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S].
+    Where lengths differ, `wanted` splits of all segments together are shared out by length, of which at most `reach`
+    keys of a segment count; None: each segment has `count`. Where there are several, what they leave for
+    `decode_combine`, fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S].
     """
 
     count: Any
@@ -84,9 +84,7 @@ def _attend(q, q_rest, keys, keys_rest, values, tile, start, stop, head, MODE: t
         if MODE.SHARED:
             v = k
         else:
-            v = tiles.load_keys_of(
-                values, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PAGE, MODE.WIDE
-            )
+            v = tiles.load_keys_of(values, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PAGE, MODE.WIDE)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
         pages = next_pages
     return acc, row_max, row_sum
@@ -190,9 +188,7 @@ def attention_decode(
         plain = Rows(v_plain, batch_k, hk, start_k)
         if MODE.REST > 0:
             keys_rest = Rows(k_rest, batch_k, hk, start_k)
-    acc, row_max, row_sum = _attend(
-        q_tile, rest_tile, keys, keys_rest, values, tile, start, stop, head, MODE, STEPS
-    )
+    acc, row_max, row_sum = _attend(q_tile, rest_tile, keys, keys_rest, values, tile, start, stop, head, MODE, STEPS)
 
     none = (row_sum == 0.0) | (m >= used_q)
     row = (tl.cast(b, tl.int64) * sizes.H + h) * sizes.M + m

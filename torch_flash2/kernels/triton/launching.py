@@ -183,9 +183,7 @@ def bundle(problem: Problem, call: Call) -> tuple[Spans, Sizes, Rules, Scoring, 
     threshold = score_steps.keep_threshold(call.dropout_p)
     return (
         Spans(call.cu_q, call.cu_k, call.used_q, call.used_k, paging),
-        Sizes.coded(
-            problem.batch, problem.heads, problem.group, call.query.shape[2], problem_module.stored_keys(call)
-        ),
+        Sizes.coded(problem.batch, problem.heads, problem.group, call.query.shape[2], problem_module.stored_keys(call)),
         Rules(
             tuple(tuple(map(coded, band.numbers)) for band in problem.mask.bands),
             None if call.dense is None else Strided.of(call.dense),
