@@ -36,9 +36,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     ),
     "page": (None, 16, 24, 64),
     "splits": (None, 1, 2, 7),
-    "rows": (1, 2, 5, 16),
-    "keys": (100, 1, 33, 64),
-    "heads": ((2, 2), (4, 1), (6, 2), (20, 1)),
+    "rows": (1, 2, 5, 9),
+    "keys": (90, 1, 33, 64),
+    "heads": ((2, 2), (4, 1), (6, 2), (9, 1)),
     "dims": ((16, 16), (8, 24), (72, 64), (33, 5)),
     "lengths": (None, "padded_k", "padded"),
     "bias": (None, "BHMN", "HMN", "N"),
@@ -146,6 +146,8 @@ def test_pairs(case: Case, how: dict[str, Any]) -> None:
 def random_rows(draw: st.DrawFn) -> dict[str, Any]:
     row = {name: draw(st.sampled_from(values)) for name, values in FACTORS.items()}
     row["rows"] = draw(st.integers(1, 16))
+    # The interpreter takes long over many rows.
+    row["heads"] = draw(st.sampled_from([heads for heads in FACTORS["heads"] if heads[0] * row["rows"] <= 36]))
     row["keys"] = draw(st.integers(1, 150))
     row["page"] = draw(st.sampled_from([None, *range(16, 70)]))
     row["splits"] = draw(st.sampled_from([None, *range(1, 20)]))
