@@ -155,7 +155,7 @@ def random_rows(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @interpreted
-@settings(phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(phases=[Phase.explicit, Phase.reuse, Phase.generate], max_examples=settings().max_examples // 2)
 @given(row=random_rows(), seed=st.integers(0, 2**16))
 def test_random(row: dict[str, Any], seed: int) -> None:
     case, how = case_of(row, str(row))
@@ -351,6 +351,7 @@ def test_rejections() -> None:
         call(lengths=Lengths(cu_k=cu)),
         call(mask="causal"),
         call(num_splits=0),
+        call(num_splits=257),
         call(bias=torch.zeros(1, 47)),
     )
     assert_expected_inline(
@@ -364,7 +365,8 @@ ValueError: block_table must have unit stride in its last dimension, got 2
 ValueError: key and value must agree in batch, heads and seqlen, got (6, 1, 16) and (6, 2, 16)
 ValueError: paged keys have no cu_k: block_table says where they lie, used_k how many there are
 ValueError: mask causal with block_table needs an explicit alignment: say align='bottom-right' (the last query row stands at the last used key, as in decoding) or align='top-left' (row 0 stands at key 0)
-ValueError: num_splits must be at least 1 (None leaves it to the library), got 0
+ValueError: num_splits must be from 1 to 256 (None leaves it to the library), got 0
+ValueError: num_splits must be from 1 to 256 (None leaves it to the library), got 257
 ValueError: bias of shape (1, 47) must broadcast to [B, H, M, N] = [2, 4, 1, 48]""",  # noqa: E501
     )
 

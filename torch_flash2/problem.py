@@ -18,6 +18,8 @@ from . import hardware, masks, scores, settings
 from .hardware import Hardware
 from .masks import Mask
 
+# Into how many parts a segment's keys may be split.
+MOST_SPLITS = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -257,8 +259,10 @@ def validate(call: Call) -> Mask:
     if call.block_table is not None:
         _check_pages(call)
     _check_key_value(query, *key_value(call))
-    if call.num_splits is not None and call.num_splits < 1:
-        raise ValueError(f"num_splits must be at least 1 (None leaves it to the library), got {call.num_splits}")
+    if call.num_splits is not None and not 1 <= call.num_splits <= MOST_SPLITS:
+        raise ValueError(
+            f"num_splits must be from 1 to {MOST_SPLITS} (None leaves it to the library), got {call.num_splits}"
+        )
     _check_lengths(call)
     _check_scores(call)
     mask = parse_mask(call)

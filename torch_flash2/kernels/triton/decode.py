@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ... import masks
-from ...problem import Call, Problem, key_value, stored_keys
+from ...problem import MOST_SPLITS, Call, Problem, key_value, stored_keys
 from ..bundles import Head, Mode, Rows, Sizes, Strided, Tile, coded
 from ..device import bands, scores, tiles
 from . import launching, tables
@@ -29,9 +29,8 @@ from .tables import Config
 
 # Query rows from which on the forward's tiles are full enough.
 MOST_ROWS = 16
-# Where the library chooses, a split has at least this many tiles of keys, and a segment at most this many splits.
+# Where the library chooses, a split has at least this many tiles of keys.
 LEAST_TILES = 4
-MOST_SPLITS = 256
 # What choosing counts with: warps that a multiprocessor holds, and the time to start and end a program, in tiles.
 RESIDENT_WARPS = 10
 START_TILES = 2
