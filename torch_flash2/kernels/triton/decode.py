@@ -34,8 +34,9 @@ LEAST_TILES = 4
 # What choosing counts with: warps that a multiprocessor holds, and the time to start and end a program, in tiles.
 RESIDENT_WARPS = 10
 START_TILES = 2
-# Where lengths differ: waves of programs grow with the root of the tiles that a multiprocessor has, up to a limit.
-TILES_PER_WAVE = 16
+# Where lengths differ: waves of programs grow with the root of a multiprocessor's tiles over those of a start, times
+# this, up to a limit.
+STARTS_PER_WAVE = 12
 MOST_WAVES = 8
 
 
@@ -124,39 +125,15 @@ def _load_queries(q, b, h, m, stored, COLS: tl.constexpr):
 
 
 @triton.jit
-def attention_decode(
-    q, q_rest, k, k_rest, v, v_plain, out, lse_ptr, splits, spans, coded_sizes, rules, scoring, operands,
+def _run(
+    q, q_rest, k, k_rest, v, v_plain, out, lse_ptr, splits, spans, sizes, scored, share, tile,
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One split of a tile of packed rows: out and lse, or the split's part of them where there are several."""
-    KEYS: tl.constexpr = STEPS.KEYS
-    BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    sizes = tiles.sizes_of(coded_sizes)
-
-    # Splits come last: those that a short segment leaves empty run when nothing else is left to run.
-    rows = sizes.M * sizes.group
-    count = tl.cdiv(rows, BLOCK_M)
-    index = tl.program_id(0) % count
-    rest = tl.program_id(0) // count
-    hk = rest % (sizes.H // sizes.group)
-    rest = rest // (sizes.H // sizes.group)
-    b = rest % sizes.B
-    split = rest // sizes.B
-    _, _, _, used_q = tiles.extent(b, None, spans.used_q, sizes.B, sizes.M)
-    batch_k, start_k, _, used_k = tiles.extent(b, None, spans.used_k, sizes.B, sizes.N)
-    r = index * BLOCK_M + tl.arange(0, BLOCK_M)
-    stored = r < rows
-    r = tl.minimum(r, rows - 1)
-    m = r // sizes.group
-    h = hk * sizes.group + r % sizes.group
-
-    # Rows past the end see nothing and widen nothing.
-    shift = used_k - used_q if MODE.BOTTOM_RIGHT else used_k * 0
-    lo, hi = bands.intersect(tl.minimum(m, used_q - 1), used_k, used_q, used_k, shift, rules.numbers, KEYS)
-    hi = tl.where(m < used_q, hi, lo)
-    span = bands.tile_span(lo, hi, used_k, MODE.BLOCK_N, True)
-    start, stop = _part(span, split, splits, spans.used_k, sizes, MODE.BLOCK_N)
-    tile = Tile(m, index, lo, hi, shift, used_q, used_k)
+    """A tile's share of keys: `share` is the segment, key head, heads and stored rows [BLOCK_M], the split, and its keys
+    start .. stop; `scored` are Rules, Scoring and Operands."""
+    rules, scoring, operands = scored
+    b, hk, h, stored, split, start, stop = share
+    m = tile.at
 
     # Operands of the scores are those of each row's head.
     h_column = h[:, None]
@@ -180,16 +157,16 @@ def attention_decode(
         if MODE.REST > 0:
             keys_rest = tiles.paged_rows(k_rest, b, hk, spans.paging)
     else:
-        keys = Rows(k, batch_k, hk, start_k)
+        keys = Rows(k, b, hk, 0)
         values = keys
         if not MODE.SHARED:
-            values = Rows(v, batch_k, hk, start_k)
-        plain = Rows(v_plain, batch_k, hk, start_k)
+            values = Rows(v, b, hk, 0)
+        plain = Rows(v_plain, b, hk, 0)
         if MODE.REST > 0:
-            keys_rest = Rows(k_rest, batch_k, hk, start_k)
+            keys_rest = Rows(k_rest, b, hk, 0)
     acc, row_max, row_sum = _attend(q_tile, rest_tile, keys, keys_rest, values, tile, start, stop, head, MODE, STEPS)
 
-    none = (row_sum == 0.0) | (m >= used_q)
+    none = (row_sum == 0.0) | (m >= tile.M)
     row = (tl.cast(b, tl.int64) * sizes.H + h) * sizes.M + m
     if splits.out is None:
         if operands.sinks is not None:
@@ -230,7 +207,55 @@ def attention_decode(
 
 
 @triton.jit
-def decode_combine(splits, out, lse_ptr, sinks, coded_sizes, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr):
+def attention_decode(
+    q, q_rest, k, k_rest, v, v_plain, out, lse_ptr, splits, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One split of a tile of packed rows: out and lse, or the split's part of them where there are several."""
+    KEYS: tl.constexpr = STEPS.KEYS
+    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    sizes = tiles.sizes_of(coded_sizes)
+
+    # Splits come last: those that a short segment leaves empty run when nothing else is left to run.
+    rows = sizes.M * sizes.group
+    count = tl.cdiv(rows, BLOCK_M)
+    index = tl.program_id(0) % count
+    rest = tl.program_id(0) // count
+    hk = rest % (sizes.H // sizes.group)
+    rest = rest // (sizes.H // sizes.group)
+    b = rest % sizes.B
+    split = rest // sizes.B
+    _, _, _, used_q = tiles.extent(b, None, spans.used_q, sizes.B, sizes.M)
+    _, _, _, used_k = tiles.extent(b, None, spans.used_k, sizes.B, sizes.N)
+    r = index * BLOCK_M + tl.arange(0, BLOCK_M)
+    stored = r < rows
+    r = tl.minimum(r, rows - 1)
+    m = r // sizes.group
+    h = hk * sizes.group + r % sizes.group
+
+    # Rows past the end see nothing and widen nothing.
+    shift = used_k - used_q if MODE.BOTTOM_RIGHT else used_k * 0
+    lo, hi = bands.intersect(tl.minimum(m, used_q - 1), used_k, used_q, used_k, shift, rules.numbers, KEYS)
+    hi = tl.where(m < used_q, hi, lo)
+    span = bands.tile_span(lo, hi, used_k, MODE.BLOCK_N, True)
+    start, stop = _part(span, split, splits, spans.used_k, sizes, MODE.BLOCK_N)
+    tile = Tile(m, index, lo, hi, shift, used_q, used_k)
+    share = (b, hk, h, stored, split, start, stop)
+    scored = (rules, scoring, operands)
+    if splits.out is None:
+        _run(q, q_rest, k, k_rest, v, v_plain, out, lse_ptr, splits, spans, sizes, scored, share, tile, MODE, STEPS)
+    elif start < stop:
+        _run(q, q_rest, k, k_rest, v, v_plain, out, lse_ptr, splits, spans, sizes, scored, share, tile, MODE, STEPS)
+    else:
+        row = (tl.cast(b, tl.int64) * sizes.H + h) * sizes.M + m
+        at = splits.lse2 + (row * ((splits.count - 3) // 2) + split)
+        tl.store(at, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=stored)
+
+
+@triton.jit
+def decode_combine(
+    splits, out, lse_ptr, sinks, coded_sizes, MOST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr
+):  # fmt: skip
     """One row of out and lse from its splits. A split in which the row sees no key has lse -inf and left no output."""
     sizes = tiles.sizes_of(coded_sizes)
     count = (splits.count - 3) // 2
@@ -238,26 +263,27 @@ def decode_combine(splits, out, lse_ptr, sinks, coded_sizes, BLOCK_S: tl.constex
     m = row % sizes.M
     h = row // sizes.M % sizes.H
     b = row // sizes.M // sizes.H
-    s = tl.arange(0, BLOCK_S)
     first = tl.cast(row, tl.int64) * count
-    top = -float("inf")
+    s = tl.arange(0, MOST)
+    lse2 = tl.load(splits.lse2 + first + s, mask=s < count, other=-float("inf"))
+    top = tl.max(lse2)
+    sink = -float("inf")
     if sinks is not None:
-        top = tl.load(sinks + h).to(tl.float32) * scores.LOG2E
-    sink = top
-    for s0 in tl.range(0, count, BLOCK_S):
-        top = tl.maximum(top, tl.max(tl.load(splits.lse2 + first + s0 + s, mask=s0 + s < count, other=-float("inf"))))
+        sink = tl.load(sinks + h).to(tl.float32) * scores.LOG2E
+        top = tl.maximum(top, sink)
     base = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(tl.exp2(lse2 - base))
+    stop = tl.max(tl.where(lse2 == -float("inf"), 0, s + 1))
 
     c = tl.arange(0, BLOCK_DV)
+    s = tl.arange(0, BLOCK_S)
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    total = 0.0
-    for s0 in tl.range(0, count, BLOCK_S):
+    for s0 in tl.range(0, stop, BLOCK_S):
         lse2 = tl.load(splits.lse2 + first + s0 + s, mask=s0 + s < count, other=-float("inf"))
         weight = tl.exp2(lse2 - base)
         inside = (lse2 != -float("inf"))[:, None] & (c < out.cols)[None, :]
         part = tl.load(splits.out + (first + s0 + s)[:, None] * out.cols + c[None, :], mask=inside, other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
-        total += tl.sum(weight)
     none = total == 0.0
     if sinks is not None:
         total += tl.exp2(sink - base)
@@ -296,6 +322,9 @@ def config(problem: Problem) -> Config:
     row = tables.lookup("decode_shared" if shared else "decode", _narrow(problem) if shared else problem)
     assert row is not None
     rows = max(16, 1 << (problem.seqlen_q * problem.group - 1).bit_length())
+    if not shared and row.num_warps == 8 and (rows > 16 or problem.page_size is not None or "used_k" in problem.lengths):
+        # More rows leave less room; uneven work is evened out by more programs on a multiprocessor.
+        row = row._replace(BLOCK_N=row.BLOCK_N // 2, num_warps=4)
     return row._replace(BLOCK_M=min(row.BLOCK_M, rows))
 
 
@@ -337,8 +366,10 @@ def choose_splits(problem: Problem, config: Config, keys: int) -> Splits:
     if "used_k" not in problem.lengths:
         return Splits(coded(_even_splits(programs, slots, count, most)), coded(LEAST_TILES))
     # Many short splits even out what lengths differ, and each costs a start and an end.
-    waves = min(max(round((programs * count / slots / TILES_PER_WAVE) ** 0.5), 1), MOST_WAVES)
-    most = min(most, triton.cdiv(3 * slots * waves, programs))
+    part = 2 * config.BLOCK_M * problem.head_dim_v * 4
+    start = START_TILES + part / (config.BLOCK_N * width * problem.dtype.itemsize)
+    waves = min(max(round((programs * count / slots / start / STARTS_PER_WAVE) ** 0.5), 1), MOST_WAVES)
+    most = min(most, triton.cdiv(min(problem.batch, 3) * slots * waves, programs))
     wanted = max(slots * waves * problem.batch // programs, 1)
     return Splits(coded(most), coded(LEAST_TILES), coded(wanted), coded(reach))
 
@@ -383,9 +414,10 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
 
 def _combine(splits: Splits, out: torch.Tensor, lse: torch.Tensor, call: Call, sizes: Sizes) -> None:
     block_dv = tables.block_dim(out.shape[3])
-    block_s = min(max(2048 // block_dv, 1), triton.next_power_of_2(splits.lse2.shape[1]))
-    arguments = (splits, Strided.of(out), lse, call.sinks, sizes, block_s, block_dv)
-    launching.launch(decode_combine, lse.numel(), call.query.device, arguments, num_warps=2)
+    most = triton.next_power_of_2(splits.lse2.shape[1])
+    block_s = min(max(4096 // block_dv, 1), most)
+    arguments = (splits, Strided.of(out), lse, call.sinks, sizes, most, block_s, block_dv)
+    launching.launch(decode_combine, lse.numel(), call.query.device, arguments, num_warps=4)
 
 
 def _mode(problem: Problem, config: Config) -> Mode:
