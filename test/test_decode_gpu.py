@@ -50,7 +50,7 @@ def compile_kernels(
     absent = dict.fromkeys(("bias", "softcap", "alibi_slopes", "sinks", "scale", "pages"))
     call = importlib.import_module("torch_flash2.attention")._call(
         query, key, key[..., :dim], "window(100, 0) @ bottom-right",
-        **{**absent, **extra, "dropout_p": 0.0, "lengths": Lengths(used_k=used), "num_splits": 3},
+        **{**absent, **extra, "dropout_p": 0.0, "lengths": Lengths(used_k=used), "num_splits": 20},
     )  # fmt: skip
     posed = dataclasses.replace(problem.of(call), hardware=hardware.simulated(arch), value_in_key=latent)
     plan = dispatch.select(posed, "decode")

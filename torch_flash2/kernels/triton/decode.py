@@ -279,9 +279,9 @@ def decode_combine(
     s = tl.arange(0, BLOCK_S)
     acc = tl.zeros([BLOCK_DV], tl.float32)
     for s0 in tl.range(0, stop, BLOCK_S):
-        lse2 = tl.load(splits.lse2 + first + s0 + s, mask=s0 + s < count, other=-float("inf"))
-        weight = tl.exp2(lse2 - base)
-        inside = (lse2 != -float("inf"))[:, None] & (c < out.cols)[None, :]
+        own = tl.load(splits.lse2 + first + s0 + s, mask=s0 + s < count, other=-float("inf"))
+        weight = tl.exp2(own - base)
+        inside = (own != -float("inf"))[:, None] & (c < out.cols)[None, :]
         part = tl.load(splits.out + (first + s0 + s)[:, None] * out.cols + c[None, :], mask=inside, other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
     none = total == 0.0
