@@ -445,3 +445,13 @@ ValueError: block_table must name pages from 0 to 5 where keys are used; at [1, 
 def test_unchecked_calls_return() -> None:
     for run in bad_calls():
         assert run() is not None
+
+
+def test_flops_of_pages() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    query, pool = torch.randn(2, 4, 1, 16), torch.randn(6, 16, 2, 16)
+    pages = Pages(torch.zeros(2, 3, dtype=torch.int32), 16)
+    with FlopCounterMode(display=False) as counter:
+        attention(query, pool, pool, pages=pages)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 48 * (16 + 16)
