@@ -455,3 +455,15 @@ def test_flops_of_pages() -> None:
     with FlopCounterMode(display=False) as counter:
         attention(query, pool, pool, pages=pages)
     assert counter.get_total_flops() == 2 * 2 * 4 * 48 * (16 + 16)
+
+
+@pytest.mark.parametrize(
+    "mask, most",
+    [("full", 1000), ("causal", 1000), ("window(9, -)", 1000), ("causal & window(9, -)", 10), ("window(9, 5)", 15),
+     ("chunk(7) & window(9, 5)", 7), ("prefix(3)", 1000)],
+)  # fmt: skip
+def test_reach(mask: str, most: int) -> None:
+    pytest.importorskip("triton")
+    from torch_flash2.kernels.triton.decode import _reach
+
+    assert _reach(torch_flash2.masks.parse(mask), 1000) == most

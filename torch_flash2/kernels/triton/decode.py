@@ -129,8 +129,8 @@ def _run(
     q, q_rest, k, k_rest, v, v_plain, out, lse_ptr, splits, spans, sizes, scored, share, tile,
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile's share of keys: `share` is the segment, key head, heads and stored rows [BLOCK_M], the split, and its keys
-    start .. stop; `scored` are Rules, Scoring and Operands."""
+    """A tile's share of keys: `share` is the segment, key head, heads and stored rows [BLOCK_M], the split, and its
+    keys start .. stop; `scored` are Rules, Scoring and Operands."""
     rules, scoring, operands = scored
     b, hk, h, stored, split, start, stop = share
     m = tile.at
@@ -347,7 +347,8 @@ def _reach(mask: masks.Mask, keys: int) -> int:
         if isinstance(band, masks.Chunk):
             found = min(found, band.size)
         elif isinstance(band, masks.Window):
-            left, right = min(left, keys if band.left is None else band.left), min(right, band.right or 0)
+            left = min(left, keys if band.left is None else band.left)
+            right = min(right, keys if band.right is None else band.right)
         elif isinstance(band, masks.Causal):
             right = 0
     return min(found, left + right + 1)
