@@ -322,11 +322,8 @@ def config(problem: Problem) -> Config:
     row = tables.lookup("decode_shared" if shared else "decode", _narrow(problem) if shared else problem)
     assert row is not None
     rows = max(16, 1 << (problem.seqlen_q * problem.group - 1).bit_length())
-    if (
-        not shared
-        and row.num_warps == 8
-        and (rows > 16 or problem.page_size is not None or "used_k" in problem.lengths)
-    ):
+    uneven = problem.page_size is not None or "used_k" in problem.lengths
+    if not shared and row.num_warps == 8 and (rows > 16 or uneven):
         # More rows leave less room; uneven work is evened out by more programs on a multiprocessor.
         row = row._replace(BLOCK_N=row.BLOCK_N // 2, num_warps=4)
     return row._replace(BLOCK_M=min(row.BLOCK_M, rows))
