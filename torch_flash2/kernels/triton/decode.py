@@ -356,6 +356,7 @@ def _programs(problem: Problem, config: Config) -> int:
     return problem.batch * problem.heads_kv * triton.cdiv(problem.seqlen_q * problem.group, config.BLOCK_M)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_splits(problem: Problem, config: Config, keys: int) -> Splits:
     """Splits that keep the GPU's multiprocessors evenly busy with segments of up to that many keys."""
     width = problem.head_dim + (0 if _shared(problem) else problem.head_dim_v)
@@ -376,7 +377,6 @@ def choose_splits(problem: Problem, config: Config, keys: int) -> Splits:
     return Splits(coded(most), coded(LEAST_TILES), coded(wanted), coded(reach))
 
 
-@functools.lru_cache(maxsize=4096)
 def _even_splits(programs: int, slots: int, count: int, most: int) -> int:
     """How many splits of segments of `count` tiles fill the slots best."""
 
