@@ -217,7 +217,12 @@ def _replayed(step: Step) -> Callable[[int], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return lambda i: graph.replay()
+
+    def run(i: int, step: Step = step) -> None:
+        # The graph knows addresses alone: the step keeps its tensors alive.
+        graph.replay()
+
+    return run
 
 
 class DecodeRun(Run):

@@ -36,7 +36,7 @@ RESIDENT_WARPS = 10
 START_TILES = 2
 # Where lengths differ: waves of programs grow with the root of a multiprocessor's tiles over those of a start, times
 # this, up to a limit.
-STARTS_PER_WAVE = 12
+STARTS_PER_WAVE = 6
 MOST_WAVES = 8
 
 
@@ -372,8 +372,13 @@ def choose_splits(problem: Problem, config: Config, keys: int) -> Splits:
     part = 2 * config.BLOCK_M * problem.head_dim_v * 4
     start = START_TILES + part / (config.BLOCK_N * width * problem.dtype.itemsize)
     waves = min(max(round((programs * count / slots / start / STARTS_PER_WAVE) ** 0.5), 1), MOST_WAVES)
+    if problem.batch == 1:
+        waves = 1
     most = min(most, triton.cdiv(min(problem.batch, 3) * slots * waves, programs))
-    wanted = max(slots * waves * problem.batch // programs, 1)
+    wanted = slots * waves * problem.batch // programs
+    if 2 * wanted < 5 * problem.batch:
+        # The segments alone keep the multiprocessors busy.
+        return Splits(coded(1), coded(LEAST_TILES))
     return Splits(coded(most), coded(LEAST_TILES), coded(wanted), coded(reach))
 
 
