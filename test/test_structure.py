@@ -25,13 +25,13 @@ LAYERS = (
     ("__main__", "oracle", "testing"),
     ("cli", "frontends"),
     ("",),  # torch_flash2 itself: what is public
-    ("attention",),
+    ("attention", "caches"),
     ("direct", "policy", "stock"),
     ("ops",),
-    ("dispatch", "flops"),
+    ("dispatch", "flops", "checks"),
     ("kernels",),
     # What launches of Triton and of Gluon kernels share.
-    ("kernels.triton.launching", "kernels.triton.tables"),
+    ("kernels.triton.launching", "kernels.triton.recording", "kernels.triton.tables"),
     ("kernels.device",),
     ("kernels.bundles",),
     ("problem",),

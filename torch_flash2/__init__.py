@@ -5,6 +5,8 @@ from . import masks as masks
 from ._version import __version__ as __version__
 from .attention import attention as attention
 from .attention import explain as explain
+from .caches import append as append
+from .caches import rotate as rotate
 from .dispatch import UnsupportedError as UnsupportedError
 from .dispatch import force as force
 from .frontends import registry as _registry
@@ -17,6 +19,7 @@ from .frontends.sdpa import stats as stats
 from .masks import Mask as Mask
 from .problem import Lengths as Lengths
 from .problem import Pages as Pages
+from .problem import Rotary as Rotary
 
 _registry.register()
 _sdpa.enable_as_the_environment_says()

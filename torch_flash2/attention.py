@@ -31,6 +31,7 @@ def attention(
     scale: float | None = None,
     lengths: Lengths | None = None,
     pages: Pages | None = None,
+    num_splits: int | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Exact attention, softmax(scale * query @ key.T + ...) @ value, with memory linear in the sequence lengths.
@@ -54,7 +55,11 @@ def attention(
         dropout_p: in [0, 1); the mask comes from PyTorch's generator of the device.
         scale: defaults to 1 / sqrt(D).
         lengths: packed documents (then query is [1, H, total, D]) or padding, as int32 tensors on the device.
-        pages: paged keys and values; not supported yet.
+        pages: key and value are paged, [pages, page_size, G, D] and [pages, page_size, G, Dv]; the block table says
+            which pages are a segment's, `lengths.used_k` how many keys it has. There is no backward through pages.
+        num_splits: into how many parts a segment's keys are split among programs where there are few query rows; None
+            leaves it to the library. With a number, a segment's result has the same bits whatever else is in its batch
+            and however much room its cache has.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -68,7 +73,9 @@ def attention(
     References:
         Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
     """
-    call = _call(query, key, value, mask, bias, softcap, alibi_slopes, sinks, dropout_p, scale, lengths, pages)
+    call = _call(
+        query, key, value, mask, bias, softcap, alibi_slopes, sinks, dropout_p, scale, lengths, pages, num_splits
+    )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_forward_ad(call)
     out, lse = direct.run(call)
@@ -88,6 +95,7 @@ def _call(
     scale: float | None,
     lengths: Lengths | None,
     pages: Pages | None,
+    num_splits: int | None = None,
 ) -> Call:
     bands, dense = _split_mask(mask)
     seed = None
@@ -120,6 +128,7 @@ def _call(
         max_k,
         torch.are_deterministic_algorithms_enabled(),
         dispatch.forced(),
+        num_splits,
     )
 
 
@@ -181,7 +190,8 @@ def explain(
         As `attention`.
     """
     options: dict[str, Any] = dict(
-        bias=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0, scale=None, lengths=None, pages=None
+        bias=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0, scale=None, lengths=None, pages=None,
+        num_splits=None,
     )  # fmt: skip
     keywords.pop("return_lse", None)
     if unknown := set(keywords) - set(options):

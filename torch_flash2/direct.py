@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, problem
+from . import dispatch, problem, settings
 from .problem import Call, Gradients, Saved
 
 # How many fields of a Call, the first, are tensors.
@@ -155,6 +155,7 @@ def _direct(call: Call) -> bool:
     tensors: Tensors = call[:TENSORS]
     return (
         plain(tensors)
+        and not settings.checks()
         and unwatched()
         and not torch.is_autocast_enabled(call.query.device.type)
         and not (call.alibi is not None and call.alibi.requires_grad)
@@ -170,7 +171,8 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.compiler.is_compiling() or not _direct(call):
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.torch_flash2.forward(*call)
         return found
-    key = (signature(tensors), call.mask, tuple(call.mask_numbers), call[TENSORS + 2 :], problem.precision(call))
+    numbers, rest = tuple(call.mask_numbers), call[TENSORS + 2 :]
+    key = (signature(tensors), call.mask, numbers, rest, problem.precision(call), problem.value_in_key(call))
     route = _routes.get(key)
     if route is None:
         if len(_routes) >= MOST_ROUTES:

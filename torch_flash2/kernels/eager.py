@@ -102,6 +102,18 @@ class Segment(NamedTuple):
         )
 
 
+def unpaged(call: Call) -> Call:
+    """The call with keys and values [B, G, N, dim] in place of pages; a bad page number counts as the nearest."""
+    if call.block_table is None:
+        return call
+    pages = call.block_table.clamp(0, max(call.key.shape[0] - 1, 0)).long()
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[pages].flatten(1, 2).transpose(1, 2)
+
+    return call._replace(key=gather(call.key), value=gather(call.value), block_table=None, page_size=None)
+
+
 def split(call: Call, entries: int, heads: int) -> Iterator[Segment]:
     """The call's segments, `heads` key heads and at most `entries` batch entries together.
 

@@ -19,9 +19,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Call, Problem
 from ..bundles import Strided, coded
-from ..triton import launching
+from ..triton import launching, recording
 from .forward_kernel import attention_forward
-from .pipeline import Plain, Shape
+from .pipeline import COUNTERS, Plain, Shape
 
 # Keys and values of the heads that are worked on side by side should stay in L2, beside all else that passes through
 # it: 50 MB on the H100 and the H200.
@@ -139,30 +139,28 @@ def swizzle(problem: Problem, call: Call) -> int:
     return min(heads, problem.heads * (1 if problem.packed_q else problem.batch))
 
 
-_zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
+def _grid(problem: Problem, config: Config, call: Call) -> tuple[int, int]:
+    """Programs of a launch, and tiles of query rows that they share."""
+    tiles = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], 64 * config.GROUPS)
+    return min(tiles, problem.hardware.multiprocessors), tiles
 
 
-def zeros(device: torch.device, size: int) -> torch.Tensor:
-    """At least `size` int32 zeros, which the kernel leaves as zeros: of the current stream, since its launches follow
-    one another; under capture the graph's own."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    found = _zeros.get(key)
-    if found is None or found.numel() < size:
-        found = _zeros[key] = torch.zeros(triton.next_power_of_2(size), dtype=torch.int32, device=device)
-    return found
+def _workspace(problem: Problem, config: Config, call: Call) -> int:
+    """How many zeros a launch takes: two counters, and where bands or lengths hide keys flags for careful.note_nan."""
+    programs, tiles = _grid(problem, config, call)
+    return COUNTERS + (programs + config.GROUPS * tiles if _hides(problem) else 0)
+
+
+def _hides(problem: Problem) -> bool:
+    return bool(problem.mask.bands) or problem.packed_k or "used_k" in problem.lengths
 
 
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run it: out [B, H, M, Dv] in the query's dtype, laid out as B, M, H, Dv; lse fp32 [B, H, M]."""
+    """Run it: out [B, H, M, Dv] in the query's dtype, laid out in memory as the query; lse fp32 [B, H, M]."""
     out, lse = launching.outputs(call)
     if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
         return out.zero_(), lse.fill_(-torch.inf)
-    tiles = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], 64 * config.GROUPS)
-    hides = bool(problem.mask.bands) or problem.packed_k or "used_k" in problem.lengths
-    programs = min(tiles, problem.hardware.multiprocessors)
-    workspace = zeros(call.query.device, 4 + (programs + config.GROUPS * tiles if hides else 0))
+    workspace = launching.zeros(call.query.device, _workspace(problem, config, call))
     arguments: tuple[Any, ...] = (
         descriptor(call.query, 64, config.WIDTH_D),
         descriptor(call.key, config.BLOCK_N, config.WIDTH_D),
@@ -171,11 +169,22 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
         Plain(*map(Strided.of, (call.query, call.key, call.value, out))),
         lse,
         workspace,
-        workspace[4:] if hides else None,
+        workspace if _hides(problem) else None,
         coded(swizzle(problem, call)),
         *launching.bundle(problem, call),
         shape(problem, config),
         launching.steps(problem),
     )
+    programs, _ = _grid(problem, config, call)
     launching.launch(attention_forward, programs, call.query.device, arguments, num_warps=4)
     return out, lse
+
+
+def record(
+    problem: Problem, config: Config, call: Call
+) -> tuple[tuple[torch.Tensor, torch.Tensor], recording.Recording | None]:
+    """Run it, and record it for calls alike."""
+    if 0 not in call.query.shape:
+        # Zeros that are there already are not computed while the launch is recorded.
+        launching.zeros(call.query.device, _workspace(problem, config, call))
+    return recording.record(launch, problem, config, call)

@@ -25,6 +25,7 @@ from . import compat, lanes
 from .careful import attend_carefully, note_nan
 from .feeding import produce, schedule
 from .pipeline import (
+    COUNTERS,
     TASKS,
     Buffers,
     Inputs,
@@ -40,6 +41,8 @@ from .pipeline import (
     task_ring,
     tasks_of,
 )
+
+FLAGS = gl.constexpr(COUNTERS)
 
 
 class Scored(NamedTuple):
@@ -452,7 +455,10 @@ def attention_forward(
     )  # fmt: skip
     fence_async_shared()
     inputs = Inputs(q, k, v, out, plain)
-    rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, flags)
+    places = None
+    if flags is not None:
+        places = flags + FLAGS
+    rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, places)
     count = (swizzle - 3) // 2
     if GROUPS == 2:
         gl.warp_specialize(

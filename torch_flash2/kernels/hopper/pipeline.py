@@ -14,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..device import bands, tiles
 
+# Places at the start of the workspace: the next task, programs that are done; flags follow.
+COUNTERS = 4
 TASKS = gl.constexpr(4)
 FIELDS = gl.constexpr(15)
 

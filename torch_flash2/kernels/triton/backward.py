@@ -296,6 +296,8 @@ def backward_queries(
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
     yield from launching.why_not(problem)
+    if problem.page_size is not None:
+        yield "it has no backward through pages"
     wide = max(problem.head_dim, problem.head_dim_v) > 256 and problem.dtype == torch.float32
     if problem.hardware.type == "cuda" and wide and problem.hardware.shared_memory < WIDE_FP32_BYTES:
         yield (

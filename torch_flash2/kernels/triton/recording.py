@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...problem import Call, Problem, Saved
@@ -26,6 +27,9 @@ _HARMLESS = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "transpose", "permute", "view", "unbind",
     "select", "slice", "as_strided", "expand", "unsqueeze", "squeeze", "detach", "alias", "split", "split_with_sizes",
 }  # fmt: skip
+
+
+_DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 
 class _Watch(TorchDispatchMode):
@@ -120,21 +124,24 @@ class Recording:
 
     def _maker(self, value: Any) -> Callable[[list[int], list[Any]], Any] | None:
         """What makes an argument anew from pointers and tensors, inputs first; None for one that stays."""
+        if isinstance(value, torch.Tensor) and launching.are_zeros(value):
+            size, device = value.numel(), self._device
+            return lambda pointers, tensors: launching.zeros(device, size).data_ptr()
         if isinstance(value, torch.Tensor):
             is_input, index, offset = self._pointer(value)
             if is_input:
                 return lambda pointers, tensors: pointers[index]
             return lambda pointers, tensors: pointers[index - len(self._buffers)] + offset
-        if isinstance(value, TensorDescriptor):
+        if isinstance(value, _DESCRIPTORS):
             is_input, index, offset = self._pointer(value.base)
             if offset:
                 raise UnrecordableError
-            fields = dict(value.__dict__)
+            kind, fields = type(value), dict(value.__dict__)
             fields.pop("base")
             place = index if is_input else ~index
 
-            def describe(pointers: list[int], tensors: list[Any]) -> TensorDescriptor:
-                made = object.__new__(TensorDescriptor)
+            def describe(pointers: list[int], tensors: list[Any]) -> Any:
+                made = object.__new__(kind)
                 made.__dict__.update(fields)
                 made.base = tensors[place] if place >= 0 else tensors[~place - len(self._buffers)]
                 return made
