@@ -247,3 +247,18 @@ def test_recordings_keep_no_tensors(log: list[Any]) -> None:
         log.clear()
         gc.collect()
         assert not [reference for reference in alive if reference() is not None]
+
+
+@pytest.mark.parametrize("argument", [torch.zeros(8), object()])
+def test_what_is_older_than_the_launch_is_not_recorded(argument: Any, log: list[Any]) -> None:
+    from torch_flash2.kernels.triton import forward, launching, recording
+
+    call = call_of()
+    _, found, config = posed(call, "forward", "sm80")
+
+    def launch(problem: Any, config: Any, call: Call) -> Any:
+        results = launching.outputs(call)
+        launching.launch(forward.attention_forward, 1, call.query.device, (call.query, argument, *results))
+        return results
+
+    assert recording.record(launch, found, config, call)[1] is None

@@ -33,16 +33,21 @@ _DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 
 
 class _Watch(TorchDispatchMode):
-    """Whether anything was computed outside the kernels."""
+    """Whether anything was computed outside the kernels, and the storages that were allocated."""
 
     def __init__(self) -> None:
         super().__init__()
         self.computed = False
+        self.allocated: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "aten" or func.overloadpacket.__name__ not in _HARMLESS:
+        name = func.overloadpacket.__name__
+        if func.namespace != "aten" or name not in _HARMLESS:
             self.computed = True
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if "empty" in name:
+            self.allocated.add(result.untyped_storage().data_ptr())
+        return result
 
 
 class _Buffer(NamedTuple):
@@ -71,7 +76,14 @@ class UnrecordableError(Exception):
 class Recording:
     """A launch to be done again. Calls take the tensors that it was recorded with, in their order."""
 
-    def __init__(self, inputs: Tensors, result: tuple[Any, ...], launches: list[tuple[Any, int, tuple[Any, ...]]]):
+    def __init__(
+        self,
+        inputs: Tensors,
+        result: tuple[Any, ...],
+        launches: list[tuple[Any, int, tuple[Any, ...]]],
+        allocated: set[int],
+    ):
+        self._allocated = allocated
         self._device = next(tensor.device for tensor in inputs if tensor is not None)
         self._index = self._device.index
         self._inputs = list(inputs)
@@ -81,7 +93,7 @@ class Recording:
         self._make = type(result)._make if hasattr(type(result), "_make") else tuple
         self._results = [None if tensor is None else self._add_result(tensor) for tensor in result]
         self._launches = [self._launch(*launch) for launch in launches]
-        del self._inputs, self._storages
+        del self._inputs, self._storages, self._allocated
 
     def _add_result(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -107,6 +119,9 @@ class Recording:
             raise UnrecordableError
         index = self._storages.get(storage.data_ptr())
         if index is None:
+            if storage.data_ptr() not in self._allocated:
+                # What it holds is older than the launch.
+                raise UnrecordableError
             index = self._add_buffer(storage, _Buffer((storage.nbytes(),), (1,), torch.uint8))
         return False, index, tensor.data_ptr() - storage.data_ptr()
 
@@ -158,6 +173,9 @@ class Recording:
             return lambda pointers, tensors: tuple(
                 item if maker is None else maker(pointers, tensors) for item, maker in pairs
             )
+        if not (value is None or isinstance(value, (int, float, str)) or hasattr(value, "cache_key")):
+            # It might hold a tensor.
+            raise UnrecordableError
         return None
 
     def usable(self) -> bool:
@@ -213,6 +231,6 @@ def record(
     if watch.computed or not launches:
         return result, None
     try:
-        return result, Recording(inputs_of(call, saved), result, launches)
+        return result, Recording(inputs_of(call, saved), result, launches, watch.allocated)
     except UnrecordableError:
         return result, None
