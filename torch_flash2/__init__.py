@@ -1,6 +1,8 @@
 """Exact attention for PyTorch, as fast as the hardware allows, in Python. Importing this imports neither Triton nor
 CUDA."""
 
+from . import flash_attn as flash_attn
+from . import flash_attn_interface as flash_attn_interface
 from . import masks as masks
 from ._version import __version__ as __version__
 from .attention import attention as attention
