@@ -24,7 +24,7 @@ FIXED = {
 
 # From the top down. A module imports from lower layers, and of its own layer from its own folder.
 LAYERS = (
-    ("__main__", "oracle", "testing", "flash_attn", "flash_attn_interface"),
+    ("__main__", "oracle", "testing", "flash_attn", "flash_attn_interface", "transformers"),
     ("cli", "frontends"),
     ("",),  # torch_flash2 itself: what is public
     ("attention",),

@@ -4,6 +4,7 @@ CUDA."""
 from . import flash_attn as flash_attn
 from . import flash_attn_interface as flash_attn_interface
 from . import masks as masks
+from . import transformers as transformers
 from ._version import __version__ as __version__
 from .attention import attention as attention
 from .attention import explain as explain
