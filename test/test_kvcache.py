@@ -244,7 +244,7 @@ def test_varlen_pages(device: str) -> None:
 
 def test_cache_compiles() -> None:
     """One graph, whose cache is written in place."""
-    kind = dict(L=1, M=1, rotary=True)
+    kind = dict(L=1, M=1, rotary=True, leftpad=True)
     case = Decoding("cpu", torch.float32, kind)
 
     def step(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Hugging Face transformers: `register()`, then `attn_implementation="torch_flash2"`.
 
 A model asks once per forward for a mask, and gets `Spans`: the bands of the mask, and lengths for padding and packed
-sequences. Its layers then hand their query, key and value to `attend`. What spans cannot say (custom mask functions, 4-D
-masks, packed sequences under torch.compile) stays the dense bool mask that "sdpa" would get, and is right as well.
+sequences. Its layers then hand their query, key and value to `attend`. What spans cannot say (custom mask functions,
+4-D masks, packed sequences under torch.compile) stays the dense bool mask that "sdpa" would get, and is right as well.
 
-B batch entries, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+B batch entries, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of
+value.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from .. import masks
 from ..attention import attention
-from ..masks import Mask
+from ..masks import DenseMask, Mask
 from ..problem import Lengths
 
 NAME = "torch_flash2"
@@ -47,9 +48,11 @@ def _disown_flash_attention() -> None:
     """
     from transformers.utils import generic
 
-    asked = getattr(generic, "is_flash_attention_requested", None)
-    if asked is None or getattr(asked, "__module__", None) == __name__:
+    asked: Any = getattr(generic, "is_flash_attention_requested", None)
+    if asked is None or asked.__module__ == __name__:
         return
+
+    original = asked.__name__
 
     @functools.wraps(asked, assigned=("__name__", "__doc__"))
     def is_flash_attention_requested(
@@ -59,16 +62,16 @@ def _disown_flash_attention() -> None:
         return name != NAME and asked(config, requested_attention_implementation, **keywords)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("transformers.") and vars(module).get(asked.__name__) is asked:
-            setattr(module, asked.__name__, is_flash_attention_requested)
+        if name.startswith("transformers.") and vars(module).get(original) is asked:
+            setattr(module, original, is_flash_attention_requested)
 
 
 class Spans(NamedTuple):
     """Which keys the rows of a batch see.
 
     `used` int32 [B]: keys that count, from 0 on; of rows too where `square`. `columns` bool [B, 1, 1, N]: keys that
-    count. `packed`: of the batch laid end to end, one packed tensor; `documents` int [B, M] says the same in other words
-    for calls that cannot be packed, as `columns` may.
+    count. `packed`: lengths of the batch laid end to end; `columns`, or the number of each row's sequence `documents`
+    int [B, M], says the same for calls that cannot be packed.
     """
 
     mask: Mask
@@ -78,8 +81,12 @@ class Spans(NamedTuple):
     packed: Lengths | None = None
     documents: torch.Tensor | None = None
 
-    # generate() prepares the mask of a static cache before it calls the model, which asks whether the mask is 2-D.
-    ndim = 4
+    # generate() makes the mask of a static cache contiguous and hands it to the model, which asks whether it is 2-D.
+
+    @property
+    def ndim(self) -> int:
+        """That of a mask that is ready."""
+        return 4
 
     def contiguous(self) -> Spans:
         """Itself."""
@@ -89,16 +96,16 @@ class Spans(NamedTuple):
 # From a mask function to bands: it is called with symbols instead of indices.
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """The mask function does what symbols cannot follow."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Range:
-    """The pairs for which least <= key - row <= most; None is unlimited."""
+    """The pairs for which least <= key - row <= most."""
 
-    least: int | None = None
-    most: int | None = None
+    least: int = -masks.FAR
+    most: int = masks.FAR
     device: Any = None
 
     def to(self, device: Any) -> _Range:
@@ -106,10 +113,8 @@ class _Range:
 
     def __and__(self, other: Any) -> _Range:
         if not isinstance(other, _Range):
-            raise _Unknown
-        least = max((x for x in (self.least, other.least) if x is not None), default=None)
-        most = min((x for x in (self.most, other.most) if x is not None), default=None)
-        return _Range(least, most)
+            raise _UnknownError
+        return _Range(max(self.least, other.least), min(self.most, other.most))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +131,13 @@ class _Index:
 
     def _combined(self, other: Any, sign: int) -> _Index:
         if self.absolute:
-            raise _Unknown
+            raise _UnknownError
         if isinstance(other, _Index):
             if other.absolute:
-                raise _Unknown
+                raise _UnknownError
             return _Index(self.rows + sign * other.rows, self.keys + sign * other.keys, self.plus + sign * other.plus)
         if not isinstance(other, int):
-            raise _Unknown
+            raise _UnknownError
         return _Index(self.rows, self.keys, self.plus + sign * other)
 
     def __add__(self, other: Any) -> _Index:
@@ -147,17 +152,17 @@ class _Index:
     def __le__(self, other: Any) -> _Range:
         if self.absolute:
             if not isinstance(other, int) or (abs(self.rows), self.keys + self.rows, self.plus) != (1, 0, 0):
-                raise _Unknown
+                raise _UnknownError
             return _Range(-other, other)
         difference = self - other
         if (difference.rows, difference.keys) == (-1, 1):
-            return _Range(None, -difference.plus)
+            return _Range(-masks.FAR, -difference.plus)
         if (difference.rows, difference.keys) == (1, -1):
-            return _Range(difference.plus, None)
+            return _Range(difference.plus, masks.FAR)
         # Positions are never negative.
         if difference.rows <= 0 and difference.keys <= 0 and difference.plus <= 0:
             return _Range()
-        raise _Unknown
+        raise _UnknownError
 
     def __lt__(self, other: Any) -> _Range:
         return self + 1 <= other
@@ -171,7 +176,7 @@ class _Index:
 
 def _negative(index: Any) -> _Index:
     if not isinstance(index, _Index) or index.absolute:
-        raise _Unknown
+        raise _UnknownError
     return _Index(-index.rows, -index.keys, -index.plus)
 
 
@@ -179,17 +184,17 @@ def _bands(mask_function: Callable[..., Any]) -> Mask | None:
     """The mask function as bands, without alignment; None where it is more than bands."""
     try:
         found = mask_function(None, None, _Index(1, 0), _Index(0, 1))
-    except (_Unknown, TypeError, AttributeError, IndexError):
+    except (_UnknownError, TypeError, AttributeError, IndexError):
         return None
     if not isinstance(found, _Range):
         return None
-    if (found.least or 0) > 0 or (found.most or 0) < 0:
+    if found.least > 0 or found.most < 0:
         return None
-    if found.least is None and found.most is None:
-        return Mask()
-    if found.least is None and found.most == 0:
-        return masks.causal()
-    return masks.window(None if found.least is None else -found.least, found.most)
+    left = -found.least if found.least > -masks.FAR else None
+    right = found.most if found.most < masks.FAR else None
+    if left is None:
+        return Mask() if right is None else masks.causal() if right == 0 else masks.window(None, right)
+    return masks.window(left, right)
 
 
 def _documents(mask_function: Any) -> tuple[torch.Tensor, Callable[..., Any]] | None:
@@ -239,7 +244,12 @@ def spans_of(
     packed = None if use_vmap or torch.compiler.is_compiling() else _documents(mask_function)
     bands = None if use_vmap else _bands(mask_function if packed is None else packed[1])
     static = isinstance(shift, torch.Tensor) or kv_length > shift + q_length
-    if bands is None or bands.bands and not static and kv_length != shift + q_length:
+    if bands is not None and bands.bands:
+        # Keys behind the last row are not in the cache yet, or are they: a mask that looks ahead must be read.
+        ahead = any(getattr(band, "right", 0) != 0 for band in bands.bands)
+        if ahead if static else kv_length != shift + q_length:
+            bands = None
+    if bands is None:
         others = dict(others, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap)
         return masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **others
@@ -357,14 +367,17 @@ def attend(
     # Left padding is packed where that is a view; whole sequences always are, unless a bias has rows of its own.
     views = spans.columns is None or all(map(_lies_packed, (query, key, value)))
     if spans.packed is not None and bias is None and views:
-        flat = (tensor.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for tensor in (query, key, value))
-        out = attention(*flat, spans.mask, lengths=spans.packed, **options).transpose(1, 2)
+        query_1, key_1, value_1 = (
+            tensor.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for tensor in (query, key, value)
+        )
+        out = attention(query_1, key_1, value_1, spans.mask, lengths=spans.packed, **options).transpose(1, 2)
         return out.reshape(query.shape[0], query.shape[2], *out.shape[2:]), None
     if spans.documents is not None:
         dense = spans.documents[:, None, :, None] == spans.documents[:, None, None, :]
     elif spans.columns is not None:
         dense = spans.columns
-    mask = spans.mask if dense is None else spans.mask & dense
+    # Not `spans.mask & dense`, which torch.compile takes for an operator of tensors.
+    mask = spans.mask if dense is None else DenseMask(spans.mask, dense)
     lengths = Lengths(used_q=spans.used if spans.square else None, used_k=spans.used)
     return attention(query, key, value, mask, lengths=lengths, **options).transpose(1, 2), None
 

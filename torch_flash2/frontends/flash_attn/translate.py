@@ -12,7 +12,7 @@ import torch
 
 from ... import masks
 from ...attention import _call
-from ...masks import Mask
+from ...masks import DenseMask, Mask
 from ...problem import Call, Lengths, Pages
 
 
@@ -63,7 +63,8 @@ def attend(
     query = query.transpose(1, 2)
     if pages is None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
-    mask = options.mask if counted is None else options.mask & counted
+    # Not `options.mask & counted`, which torch.compile takes for an operator of tensors.
+    mask = options.mask if counted is None else DenseMask(options.mask, counted)
     softcap = options.softcap if options.softcap > 0 else None
     scores = (None, softcap, options.alibi_slopes, None, options.dropout_p, options.softmax_scale)
     call = _call(query, key, value, mask, *scores, lengths, pages)
