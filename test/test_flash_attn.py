@@ -196,7 +196,7 @@ def test_window_is_upstreams(M: int, N: int) -> None:
         stand = torch.arange(M)[:, None] + N - M
         wanted = torch.arange(N) >= (stand - left if left >= 0 else 0)
         wanted = wanted & (torch.arange(N) <= (stand if causal else stand + right if right >= 0 else N))
-        assert torch.equal(seen, wanted), (causal, left, right)
+        assert torch.equal(seen, wanted.expand(M, N)), (causal, left, right)
 
 
 # What the functions add: packed forms, probabilities, combining.
