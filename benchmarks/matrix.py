@@ -1,0 +1,56 @@
+"""The rate of PyTorch's own matrix product, the line that no attention kernel passes: `python -m benchmarks.matrix`.
+
+It appends to benchmarks/results/<gpu>/matrix.csv, from which the charts take their dashed line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+
+from .results import COLUMNS, Row, Table, environment
+from .runner import device_name
+
+SIZE = 8192
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def measure(device: torch.device, dtype: str, size: int, rounds: int) -> Row:
+    """A row for the product of two random [size, size] matrices: the median of `rounds` windows of 20 products."""
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    calls = 20 if device.type == "cuda" else 1
+    times = []
+    for _ in range(rounds):
+        torch.mm(a, b)
+        begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            torch.mm(a, b)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    ms = statistics.median(times)
+    measured = {"ms": f"{ms:.4f}", "tflops": f"{2 * size**3 / ms / 1e9:.1f}"}
+    names = {"suite": "matrix", "case": f"gemm-{size}", "direction": "forward", "dtype": dtype, "provider": "matmul"}
+    return environment(device) | names | measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.matrix", description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/<gpu>")
+    arguments = parser.parse_args()
+    folder = arguments.out or Path(__file__).parent / "results" / device_name("cuda")
+    table = Table(folder / "matrix.csv", COLUMNS)
+    row = measure(torch.device("cuda"), arguments.dtype, SIZE, arguments.rounds)
+    table.append(row)
+    table.compact()
+    print(",".join(row.get(name, "") for name in COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
