@@ -1,7 +1,8 @@
 """Training steps of transformers' Gemma2, each attn_implementation beside the others: `python -m benchmarks.train`.
 
-The shapes are Gemma2-2B's (hidden 2304, 8 query heads on 4, head dim 256, softcap 50, window 4096), with fewer layers and
-a smaller vocabulary, so that eager's scores fit; weights are random. It appends to benchmarks/results/<gpu>/train.csv.
+The shapes are Gemma2-2B's (hidden 2304, 8 query heads on 4, head dim 256, softcap 50, window 4096), with fewer layers
+and a smaller vocabulary, so that eager's scores fit; weights are random. It appends to
+benchmarks/results/<gpu>/train.csv.
 """
 
 from __future__ import annotations
@@ -46,23 +47,20 @@ def step_of(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def time(step: Callable[[], None], rounds: int, device: torch.device) -> tuple[float, float | None]:
+def time(step: Callable[[], None], rounds: int, device: torch.device) -> tuple[float, float]:
     """Median milliseconds of a step after two that are not counted, and the peak memory of one in MiB."""
     for _ in range(2):
         step()
-    torch.accelerator.synchronize() if device.type == "cuda" else None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(device)
     times = []
     for _ in range(rounds):
-        begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         step()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    return statistics.median(times), peak
+    return statistics.median(times), torch.cuda.max_memory_allocated(device) / 2**20
 
 
 def main() -> None:
