@@ -246,6 +246,9 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
             texts[path.stem] = f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
         elif path.stem == "train":
             texts[path.stem] = f"{train_table(rows)}\n\n{source}"
+        elif path.stem == "kvcache":
+            lines = [[row["case"], row["provider"], f"{float(row['ms']):.3f}", row["gbps"]] for row in rows]
+            texts[path.stem] = f"{_table(['step', 'provider', 'ms', 'GB/s'], lines)}\n\n{source}"
         else:
             tables = filter(None, (feature_table(rows, ratios), error_table(ratios)))
             texts[path.stem] = "\n\n".join([*tables, source])
