@@ -1,7 +1,7 @@
 """Decoding steps through flash_attn_with_kvcache, append and rotary included: `python -m benchmarks.kvcache`.
 
 Llama-3.1-8B's attention (32 query heads on 8, head dim 128), 64 sequences of mixed lengths up to 16k tokens, one new
-token each; caches of whole rows, and of pages of 64 and 256. Rates are GB/s of the keys and values that are read, beside
+token each; caches of whole rows, and of pages of 64 and 256. Rates are GB/s of keys and values that are read, beside
 that of a copy within the device. It appends to benchmarks/results/<gpu>/kvcache.csv.
 """
 

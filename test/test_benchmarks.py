@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, check, data, matrix, providers, report, results, runner, suites, tune
+from benchmarks import __main__, check, data, kvcache, matrix, providers, report, results, runner, suites, tune
 from benchmarks.results import COLUMNS, RATIO_COLUMNS, Table
 
 CPU = torch.device("cpu")
@@ -322,7 +322,15 @@ def test_matrix_rate_is_a_dashed_line(tmp_path: Path) -> None:
     ]
     assert len(dashed) == 1 and 40 < float(dashed[0].get("y1", "nan")) < min(heights)
     row = matrix.measure(CPU, "fp32", 64, 2)
-    assert float(row["tflops"]) == pytest.approx(2 * 64**3 / float(row["ms"]) / 1e9, rel=0.6)
+    assert float(row["tflops"]) == pytest.approx(2 * 64**3 / float(row["ms"]) / 1e9, abs=0.06)
+
+
+def test_kvcache_step() -> None:
+    """A step attends to what was there and the new token; its bytes are those of keys and values."""
+    step, size = kvcache.step_of(2, 128, None, CPU)
+    assert step().shape == (2, 1, kvcache.H, kvcache.D)
+    taken = torch.randint(8, 127, (2,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    assert size == int((taken + 1).sum()) * 2 * 8 * 128 * 2
 
 
 def test_train_table(tmp_path: Path) -> None:
