@@ -200,11 +200,13 @@ def _bands(mask_function: Callable[..., Any]) -> Mask | None:
 def _documents(mask_function: Any) -> tuple[torch.Tensor, Callable[..., Any]] | None:
     """The sequence ids [B, M] of a mask function of packed sequences, and the mask function inside one sequence."""
     inside = _closure(mask_function, "and_masks").get("mask_functions", ())
-    if len(inside) != 2:
+    packed = [_closure(function, "packed_sequence_mask_function") for function in inside]
+    if len(inside) != 2 or sum(map(bool, packed)) != 1:
         return None
-    ids = _closure(inside[0], "packed_sequence_mask_function").get("packed_sequence_mask")
-    function = _closure(inside[1], "remap_positions_for_packed_sequence").get("mask_function")
-    return None if ids is None or function is None else (ids, function)
+    (ids,) = (found["packed_sequence_mask"] for found in packed if found)
+    (function,) = (function for function, found in zip(inside, packed, strict=True) if not found)
+    # Positions inside a sequence or in the whole row: bands go by differences.
+    return ids, _closure(function, "remap_positions_for_packed_sequence").get("mask_function", function)
 
 
 def _closure(function: Any, maker: str) -> dict[str, Any]:
