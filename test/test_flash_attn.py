@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -298,6 +297,7 @@ def message(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> s
 
 
 def test_mistakes() -> None:
+    expecttest = pytest.importorskip("expecttest")
     q, k = randn(2, 5, 4, 16), randn(2, 5, 3, 16)
     three = flash_attn_interface
     mistakes = [
@@ -312,7 +312,7 @@ def test_mistakes() -> None:
         message(three.flash_attn_qkvpacked_func, q[0]),
         message(three.flash_attn_combine, q[0], q[0]),
     ]
-    assert_expected_inline(
+    expecttest.assert_expected_inline(
         "\n".join(mistakes),
         """\
 ValueError: query heads must be a multiple of key heads, got 4 and 3
@@ -342,6 +342,7 @@ def run(code: str) -> tuple[str, str]:
 
 
 def test_install() -> None:
+    expecttest = pytest.importorskip("expecttest")
     if any(map(importlib.util.find_spec, ("flash_attn", "flash_attn_interface"))):
         pytest.skip("flash-attn is installed here")
     out, err = run(
@@ -356,7 +357,7 @@ def test_install() -> None:
         "assert three is torch_flash2.flash_attn_interface.flash_attn_with_kvcache\n"
         "assert importlib.util.find_spec('flash_attn') and flash_attn.__version__.startswith('2.8')\n"
     )
-    assert_expected_inline(
+    expecttest.assert_expected_inline(
         f"{out}\n{err}",
         """\
 ['flash_attn', 'flash_attn_interface'] ['flash_attn', 'flash_attn_interface']
@@ -366,6 +367,7 @@ torch_flash2: `import flash_attn_interface` now finds torch_flash2.flash_attn_in
 
 
 def test_install_leaves_the_real_one() -> None:
+    expecttest = pytest.importorskip("expecttest")
     out, err = run(
         "import sys, types, torch_flash2\n"
         "sys.modules['flash_attn'] = real = types.ModuleType('flash_attn')\n"
@@ -373,7 +375,7 @@ def test_install_leaves_the_real_one() -> None:
         "import flash_attn\n"
         "assert flash_attn is real\n"
     )
-    assert_expected_inline(
+    expecttest.assert_expected_inline(
         f"{out}\n{err}",
         """\
 ['flash_attn_interface']

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from test_flash_attn import DEVICES, message, randn
 
 from torch_flash2 import UnsupportedError, flash_attn, flash_attn_interface
@@ -258,6 +257,7 @@ def test_cache_compiles() -> None:
 
 
 def test_cache_mistakes() -> None:
+    expecttest = pytest.importorskip("expecttest")
     q, cache, new, cos = randn(2, 1, 4, 16), randn(2, 8, 2, 16), randn(2, 1, 2, 16), randn(8, 4)
     lengths = torch.tensor([1, 2], dtype=torch.int32)
     call = flash_attn.flash_attn_with_kvcache
@@ -275,7 +275,7 @@ def test_cache_mistakes() -> None:
         message(call, q, cache, cache, cache_seqlens=lengths, cache_batch_idx=lengths, block_table=lengths[:, None]),
         message(call, q[:, :, :3], cache, cache, cache_seqlens=lengths),
     ]
-    assert_expected_inline(
+    expecttest.assert_expected_inline(
         "\n".join(mistakes),
         """\
 ValueError: k and v must be given together
