@@ -1,7 +1,7 @@
 """The rate of PyTorch's own matrix product, the level that attention is held against: `python -m benchmarks.matrix`.
 
-Windows of a few milliseconds have pauses between them: under a steady load an H200 falls from 790 to 710 TFLOP/s at its
-power cap (2026-11-21), and the suites, which alternate between providers, do not load it so. It appends to benchmarks/results/<gpu>/matrix.csv, from which the charts take their dashed line.
+Windows of a few milliseconds have pauses between them: the suites, which alternate between providers, do not load the
+GPU steadily either. It appends to benchmarks/results/<gpu>/matrix.csv, from which the charts take their dashed line.
 """
 
 from __future__ import annotations
