@@ -88,6 +88,18 @@ def grid_means_table(ratios: list[Row]) -> str:
     return _table(["speed", "over", *columns, "all", "cases"], grid_means(ratios))
 
 
+def train_table(rows: list[Row]) -> str:
+    """A training step: time, the same over ours, and peak memory."""
+    lines = []
+    for case in _unique(row["case"] for row in rows):
+        steps = {row["provider"]: row for row in rows if row["case"] == case}
+        ours = steps.get("torch_flash2")
+        for name, row in steps.items():
+            over = f"{float(row['ms']) / float(ours['ms']):.2f}" if ours is not None else "-"
+            lines.append([case, name, f"{float(row['ms']):.1f}", over, f"{float(row['peak_mib']):,.0f}"])
+    return _table(["step", "attn_implementation", "ms", "x ours", "peak MiB"], lines)
+
+
 def feature_table(rows: list[Row], ratios: list[Row]) -> str:
     """One line for each case and provider, forward and backward beside each other."""
     lines = []
@@ -146,18 +158,6 @@ def memory_table(rows: list[Row]) -> str:
         ["MiB", "", *map(str, seqlens)],
         [[name, "", *(cells.get(n, "-") for n in seqlens)] for name, cells in lines.items()],
     )
-
-
-def train_table(rows: list[Row]) -> str:
-    """A training step: time, the same over ours, and peak memory."""
-    lines = []
-    for case in _unique(row["case"] for row in rows):
-        steps = {row["provider"]: row for row in rows if row["case"] == case}
-        ours = steps.get("torch_flash2")
-        for name, row in steps.items():
-            over = f"{float(row['ms']) / float(ours['ms']):.2f}" if ours is not None else "-"
-            lines.append([case, name, f"{float(row['ms']):.1f}", over, f"{float(row['peak_mib']):,.0f}"])
-    return _table(["step", "attn_implementation", "ms", "x ours", "peak MiB"], lines)
 
 
 def refusals(ratios: list[Row]) -> list[str]:
@@ -242,13 +242,13 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
             texts[path.stem] = f"{grid_table(rows)}\n\n{source}"
             texts[f"{path.stem}-ratios"] = f"{grid_means_table(ratios)}\n\n{source}"
             drawings |= charts(rows, matrix)
-        elif path.stem == "memory":
-            texts[path.stem] = f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
         elif path.stem == "train":
             texts[path.stem] = f"{train_table(rows)}\n\n{source}"
         elif path.stem == "kvcache":
             lines = [[row["case"], row["provider"], f"{float(row['ms']):.3f}", row["gbps"]] for row in rows]
             texts[path.stem] = f"{_table(['step', 'provider', 'ms', 'GB/s'], lines)}\n\n{source}"
+        elif path.stem == "memory":
+            texts[path.stem] = f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
         else:
             tables = filter(None, (feature_table(rows, ratios), error_table(ratios)))
             texts[path.stem] = "\n\n".join([*tables, source])
