@@ -29,7 +29,7 @@ _DECODER = dict(
 )  # fmt: skip
 _HYBRID = dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
 _BERT = {key: _DECODER[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-# Classes and configurations; decoders first.
+# Classes and configurations; decoders first. All experts are asked: a choice would turn rounding into another result.
 DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER),
@@ -37,11 +37,11 @@ DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", dict(_DECODER, **_HYBRID, attn_logit_softcapping=2.0)),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", dict(_DECODER, **_HYBRID)),
     "gpt-oss": (
-        "GptOssForCausalLM", "GptOssConfig", dict(_DECODER, **_HYBRID, num_local_experts=2, num_experts_per_tok=1)
+        "GptOssForCausalLM", "GptOssConfig", dict(_DECODER, **_HYBRID, num_local_experts=2, num_experts_per_tok=2)
     ),
     "llama4": (
         "Llama4ForCausalLM", "Llama4TextConfig",
-        dict(_DECODER, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=WINDOW,
+        dict(_DECODER, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=2, attention_chunk_size=WINDOW,
              layer_types=["chunked_attention", "full_attention"]),
     ),
     "gpt2": (
