@@ -41,7 +41,8 @@ DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama4": (
         "Llama4ForCausalLM", "Llama4TextConfig",
-        dict(_DECODER, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=2, attention_chunk_size=WINDOW,
+        dict(_DECODER, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=2,
+             attention_chunk_size=WINDOW,
              layer_types=["chunked_attention", "full_attention"]),
     ),
     "gpt2": (
