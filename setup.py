@@ -34,6 +34,7 @@ setup(
             "triton>=3.6; sys_platform == 'linux'",
         ],
         "demo": ["matplotlib"],
+        "transformers": ["transformers>=5.17"],
         "dev": ["mypy", "ruff"],
     },
     classifiers=[

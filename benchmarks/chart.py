@@ -12,12 +12,13 @@ Line = tuple[str, list[tuple[float, float]]]
 Panel = tuple[str, list[Line]]
 
 
-def chart(title: str, unit: str, panels: list[Panel]) -> str:
-    """Panels side by side with one scale: x in powers of two, y from 0."""
+def chart(title: str, unit: str, panels: list[Panel], ceiling: tuple[str, float] | None = None) -> str:
+    """Panels side by side with one scale: x in powers of two, y from 0. `ceiling` is a named, dashed level."""
     points = [point for _, lines in panels for _, line in lines for point in line]
     xs = sorted({x for x, _ in points})
-    step = _step(max(y for _, y in points))
-    top = step * math.ceil(max(y for _, y in points) / step)
+    highest = max([y for _, y in points] + ([ceiling[1]] if ceiling is not None else []))
+    step = _step(highest)
+    top = step * math.ceil(highest / step)
     names = list(dict.fromkeys(name for _, lines in panels for name, _ in lines))
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     width = LEFT + len(panels) * (WIDTH + GAP)
@@ -31,6 +32,11 @@ def chart(title: str, unit: str, panels: list[Panel]) -> str:
     for number, (name, lines) in enumerate(panels):
         left = LEFT + number * (WIDTH + GAP)
         parts += _axes(left, name, xs, top, step)
+        if ceiling is not None:
+            y, dark = _y(top, ceiling[1]), "#333333"
+            ends = f'x1="{left}" y1="{y:.1f}" x2="{left + WIDTH}" y2="{y:.1f}"'
+            parts.append(f'<line {ends} stroke="{dark}" stroke-dasharray="5 4"/>')
+            parts.append(f'<text x="{left + 4}" y="{y - 4:.1f}" fill="{dark}">{escape(ceiling[0])}</text>')
         for label, line in lines:
             path = " ".join(f"{_x(left, xs, x):.1f},{_y(top, y):.1f}" for x, y in sorted(line))
             color = colors[label]

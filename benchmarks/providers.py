@@ -5,7 +5,7 @@
     torch_flash2:triton@BLOCK_M=64,...      with fields of its config overridden
     sdpa fa2 cudnn efficient math           PyTorch's default choice, and each of its backends
     flex                                    FlexAttention, compiled
-    fa3 fa4                                 from $PEERS_HOME, see ../shared/peers/get_peers.sh
+    fa3 fa4                                 installed packages, see README.md beside this file
 
 B batch, H query heads, M query rows, N keys
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -240,11 +241,16 @@ def _flex(shape: Shape, inputs: Inputs) -> Call:
 
 
 def _load_peer(name: str) -> None:
-    if "PEERS_HOME" not in os.environ:
-        raise RefusedError("PEERS_HOME is not set: get_peers.sh, then `source .peers/use.sh`")
-    import peers  # type: ignore[import-not-found]
+    if "PEERS_HOME" in os.environ:
+        import peers  # type: ignore[import-not-found]
 
-    peers.load(name)
+        peers.load(name)
+        return
+    module = {"fa3": "flash_attn_3._C", "fa4": "flash_attn.cute.interface"}[name]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise RefusedError(f"{error}; benchmarks/README.md says where {name} comes from") from None
 
 
 def _rows_first(shape: Shape, tensor: torch.Tensor) -> torch.Tensor:

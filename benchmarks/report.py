@@ -90,6 +90,18 @@ def grid_means_table(ratios: list[Row]) -> str:
     return _table(["speed", "over", *columns, "all", "cases"], grid_means(ratios))
 
 
+def train_table(rows: list[Row]) -> str:
+    """A training step: time, the same over ours, and peak memory."""
+    lines = []
+    for case in _unique(row["case"] for row in rows):
+        steps = {row["provider"]: row for row in rows if row["case"] == case}
+        ours = steps.get("torch_flash2")
+        for name, row in steps.items():
+            over = f"{float(row['ms']) / float(ours['ms']):.2f}" if ours is not None else "-"
+            lines.append([case, name, f"{float(row['ms']):.1f}", over, f"{float(row['peak_mib']):,.0f}"])
+    return _table(["step", "attn_implementation", "ms", "x ours", "peak MiB"], lines)
+
+
 def feature_table(rows: list[Row], ratios: list[Row]) -> str:
     """One line for each case and provider, forward and backward beside each other."""
     lines = []
@@ -203,8 +215,11 @@ def console(rows: list[Row], ratios: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def charts(rows: list[Row]) -> dict[str, str]:
-    """An SVG for each dtype and head dim of a grid: TFLOP/s over the length, full and causal."""
+def charts(rows: list[Row], matrix: list[Row]) -> dict[str, str]:
+    """An SVG for each dtype and head dim of a grid: TFLOP/s over the length, full and causal, a line for each provider.
+
+    Where the rate of a matrix product was measured for the dtype on the same device, it is a dashed line.
+    """
     drawn = {}
     for dtype, dim in dict.fromkeys((r["dtype"], r["head_dim"]) for r in rows):
         panels: list[Panel] = []
@@ -218,7 +233,9 @@ def charts(rows: list[Row]) -> dict[str, str]:
                 panels.append((name, list(lines.values())))
         suite = rows[0]["suite"]
         title = f"{suite}, {dtype}, head dim {dim}, {rows[0]['device']}"
-        drawn[f"{suite}_{dtype}_d{dim}.svg"] = chart(title, "TFLOP/s over the sequence length", panels)
+        rate = [float(r["tflops"]) for r in matrix if (r["dtype"], r["device"]) == (dtype, rows[0]["device"])]
+        ceiling = (f"matrix product: {rate[-1]:.0f}", rate[-1]) if rate else None
+        drawn[f"{suite}_{dtype}_d{dim}.svg"] = chart(title, "TFLOP/s over the sequence length", panels, ceiling)
     return drawn
 
 
@@ -230,18 +247,23 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """
     texts: dict[str, str] = {}
     drawings: dict[str, str] = {}
+    matrix = _read(folder / "matrix.csv", COLUMNS)
     for path in sorted(folder.glob("*.csv")):
-        if path.stem.endswith("_ratios"):
+        if path.stem.endswith("_ratios") or path.stem == "matrix":
             continue
-        rows = Table(path, COLUMNS).rows()
-        ratios = Table(folder / f"{path.stem}_ratios.csv", RATIO_COLUMNS).rows()
+        rows, ratios = _read(path, COLUMNS), _read(folder / f"{path.stem}_ratios.csv", RATIO_COLUMNS)
         if not rows:
             continue
         source = _provenance(rows)
         if path.stem in GRIDS:
             texts[path.stem] = f"{grid_table(rows)}\n\n{source}"
             texts[f"{path.stem}-ratios"] = f"{grid_means_table(ratios)}\n\n{source}"
-            drawings |= charts(rows)
+            drawings |= charts(rows, matrix)
+        elif path.stem == "train":
+            texts[path.stem] = f"{train_table(rows)}\n\n{source}"
+        elif path.stem == "kvcache":
+            lines = [[row["case"], row["provider"], f"{float(row['ms']):.3f}", row["gbps"]] for row in rows]
+            texts[path.stem] = f"{_table(['step', 'provider', 'ms', 'GB/s'], lines)}\n\n{source}"
         elif path.stem == "memory":
             texts[path.stem] = f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
         elif path.stem == "decode":
@@ -254,6 +276,10 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     if not texts:
         raise ValueError(f"{folder} has no results: run `python -m benchmarks --suite ...` first")
     return texts, drawings
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> list[Row]:
+    return Table(path, columns).rows() if path.exists() else []
 
 
 def fill(readme: str, texts: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, check, data, providers, report, results, runner, suites, tune
+from benchmarks import __main__, check, data, kvcache, matrix, providers, report, results, runner, suites, tune
 from benchmarks.results import COLUMNS, RATIO_COLUMNS, Table
 
 CPU = torch.device("cpu")
@@ -303,6 +303,47 @@ def test_report_fills_the_readme(tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(ValueError, match="has no results"):
         report.sections(empty)
+
+
+def test_matrix_rate_is_a_dashed_line(tmp_path: Path) -> None:
+    """It is drawn at its height, also above all else, and only for its own dtype and device."""
+    synthetic(tmp_path)
+    table = Table(tmp_path / "matrix.csv", COLUMNS)
+    same = {"suite": "matrix", "case": "gemm-8192", "provider": "matmul", "ms": "1.4"}
+    table.append(same | {"device": "NVIDIA H200", "dtype": "fp16", "tflops": "700.0"})
+    assert "dasharray" not in report.sections(tmp_path)[1]["forward_bf16_d128.svg"]
+    table.append(same | {"device": "NVIDIA H200", "dtype": "bf16", "tflops": "790.0"})
+    texts, drawings = report.sections(tmp_path)
+    assert "matrix" not in texts and "matrix product: 790" in drawings["forward_bf16_d128.svg"]
+    root = xml.etree.ElementTree.fromstring(drawings["forward_bf16_d128.svg"])
+    dashed = [line for line in root.findall("{*}line") if line.get("stroke-dasharray")]
+    heights = [
+        float(point.split(",")[1]) for line in root.findall("{*}polyline") for point in line.get("points", "").split()
+    ]
+    assert len(dashed) == 1 and 40 < float(dashed[0].get("y1", "nan")) < min(heights)
+    row = matrix.measure(CPU, "fp32", 64, 2)
+    assert float(row["tflops"]) == pytest.approx(2 * 64**3 / float(row["ms"]) / 1e9, abs=0.06)
+
+
+def test_kvcache_step() -> None:
+    """A step attends to what was there and the new token; its bytes are those of keys and values."""
+    step, size = kvcache.step_of(2, 128, None, CPU)
+    assert step().shape == (2, 1, kvcache.H, kvcache.D)
+    taken = torch.randint(8, 127, (2,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    assert size == int((taken + 1).sum()) * 2 * 8 * 128 * 2
+
+
+def test_train_table(tmp_path: Path) -> None:
+    table = Table(tmp_path / "train.csv", COLUMNS)
+    same = {"suite": "train", "case": "gemma2-l4-s8192", "device": "NVIDIA H200", "driver": "580", "torch": "2.11.0"}
+    for name, ms in (("torch_flash2", "50.0"), ("eager", "120.0")):
+        table.append(same | {"provider": name, "ms": ms, "peak_mib": "2048.0"})
+    lines = report.sections(tmp_path)[0]["train"].splitlines()
+    assert lines[2:4] == [
+        "| gemma2-l4-s8192 | torch_flash2 | 50.0 | 1.00 | 2,048 |",
+        "| gemma2-l4-s8192 | eager | 120.0 | 2.40 | 2,048 |",
+    ]
+    assert not list(tmp_path.glob("*_ratios.csv"))
 
 
 def test_table_keeps_the_newest(tmp_path: Path) -> None:

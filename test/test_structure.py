@@ -19,10 +19,15 @@ PACKAGE = [path for path in FILES if path.is_relative_to(ROOT / "torch_flash2")]
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 600, 120, 16
 # Scalar functions have a parameter for each element that a thread holds.
 GENERATED = ROOT / "torch_flash2/kernels/hopper/lanes.py"
+# Functions whose parameters are fixed elsewhere: flash-attn's.
+FIXED = {
+    "v2.py": ("flash_attn_with_kvcache",),
+    "v3.py": ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"),
+}
 
 # From the top down. A module imports from lower layers, and of its own layer from its own folder.
 LAYERS = (
-    ("__main__", "oracle", "testing"),
+    ("__main__", "oracle", "testing", "flash_attn", "flash_attn_interface", "transformers"),
     ("cli", "frontends"),
     ("",),  # torch_flash2 itself: what is public
     ("attention", "caches"),
@@ -121,7 +126,7 @@ def test_functions_are_short() -> None:
             given = function.args
             named = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
             count = named + (given.vararg is not None) + (given.kwarg is not None)
-            if count > MAX_PARAMETERS:
+            if count > MAX_PARAMETERS and function.name not in FIXED.get(path.name, ()):
                 problems.append(f"{where} has {count} parameters, a function has at most {MAX_PARAMETERS}")
     fail_with(problems)
 
@@ -133,7 +138,9 @@ def test_imports_go_one_way() -> None:
         if module in FREE:
             continue
         for line, target in imports(path):
-            same_folder = module.rpartition(".")[0] == target.rpartition(".")[0] != ""
+            same_folder = module.rpartition(".")[0] == target.rpartition(".")[0] != "" or target.startswith(
+                f"{module}."
+            )
             below = layer(target) > layer(module)
             if not below and not (layer(target) == layer(module) and same_folder):
                 problems.append(
@@ -145,7 +152,9 @@ def test_imports_go_one_way() -> None:
                     f"{path.relative_to(ROOT)}:{line}: kernel {module} imports kernel {target}; "
                     "kernels never import one another, dispatch composes them"
                 )
-            if module.split(".")[0] == target.split(".")[0] == "frontends":
+            # A front-end is a file or a folder.
+            own, other = module.split(".")[:2], target.split(".")[:2]
+            if own[0] == other[0] == "frontends" and own != other:
                 problems.append(
                     f"{path.relative_to(ROOT)}:{line}: front-end {module} imports front-end "
                     f"{target}; front-ends never import one another"
