@@ -6,6 +6,7 @@ B sequences, H query heads, G key/value heads, M query rows, L new keys, N keys,
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import pytest
@@ -198,7 +199,10 @@ class no_sync:  # noqa: N801
     """In this block a wait for the GPU raises."""
 
     def __enter__(self) -> None:
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            # PyTorch warns that the mode is a prototype.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
 
     def __exit__(self, *_: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")

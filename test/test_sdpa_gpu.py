@@ -19,13 +19,18 @@ from sdpa_calls import SdpaCall
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torch_flash2
-from torch_flash2 import stock
+from torch_flash2 import dispatch, stock
 from torch_flash2.frontends import sdpa
 from torch_flash2.stock import Sdpa
 
 pytestmark = pytest.mark.gpu
 sdp = torch.nn.functional.scaled_dot_product_attention
 EXAMPLES = int(os.environ.get("SDPA_EXAMPLES", "100"))
+
+
+def taken(label: str) -> bool:
+    """Whether a label of stats() names kernels of ours."""
+    return label.removeprefix("traced: ").split(" and ")[0] in dispatch.KERNELS
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +51,7 @@ def test_random_calls(call: SdpaCall) -> None:
     # The first of its signature launches the long way, the second by what was recorded.
     problems = sdpa_calls.disagreements(call, *(sdpa_calls.run(call, "cuda") for _ in range(2)), device="cuda")
     assert not problems, f"{call}: {problems}"
-    assert torch_flash2.stats() == {"triton": 2}, torch_flash2.stats()
+    assert sum(torch_flash2.stats().values()) == 2 and all(map(taken, torch_flash2.stats())), torch_flash2.stats()
 
 
 @pytest.mark.parametrize("call", [
@@ -59,7 +64,7 @@ def test_random_calls(call: SdpaCall) -> None:
 ], ids=["pytorch-196678", "pytorch-193893", "d512-gqa", "fp32-gqa-bias", "d100", "mla"])  # fmt: skip
 def test_what_users_met(call: SdpaCall) -> None:
     assert not sdpa_calls.disagreements(call, *(sdpa_calls.run(call, "cuda") for _ in range(2)), device="cuda")
-    assert list(torch_flash2.stats()) == ["triton"]
+    assert all(map(taken, torch_flash2.stats())), torch_flash2.stats()
 
 
 @pytest.mark.filterwarnings("default")
@@ -91,7 +96,9 @@ def test_hand_written_attention_compiled() -> None:
 
     found = torch.compile(by_hand, fullgraph=True)(*leaves)
     torch.testing.assert_close(found, by_hand(*leaves), atol=1e-2, rtol=1e-2)
-    assert [label for label in torch_flash2.stats() if label == "traced: triton"], torch_flash2.stats()
+    assert [label for label in torch_flash2.stats() if label.startswith("traced: ") and taken(label)], (
+        torch_flash2.stats()
+    )
 
 
 def test_cuda_graph() -> None:

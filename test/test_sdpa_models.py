@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import torch_flash2
+from torch_flash2 import dispatch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -145,9 +146,8 @@ def test_models(name: str) -> None:
         ours = run(model, inputs, torch.bfloat16)
     counted = torch_flash2.stats(reset=True)
     print(name, counted)
-    kernel = "triton" if DEVICE == "cuda" else "cpu"
-    assert counted.get(kernel, 0) >= family.calls, counted
-    assert set(counted) <= {kernel}, counted
+    assert sum(counted.values()) >= family.calls, counted
+    assert all(label.split(" and ")[0] in dispatch.KERNELS for label in counted), counted
     assert set(ours) == set(stock) == set(exact)
     for tensor, want in exact.items():
         error, other = ((found[tensor] - want).norm().item() for found in (ours, stock))

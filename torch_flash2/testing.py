@@ -246,6 +246,9 @@ _MODELS = (
          lengths="packed_q_padded_k", documents=_SHARES[:4]),
 )
 _REGRESSIONS = (
+    Case("narrow-value-beside-64", 2, 4, 1, 37, 53, 40, 24, "bf16", "causal @ bottom-right", layout="bshd"),
+    Case("narrow-value-beside-32", 2, 4, 4, 37, 53, 24, 16, "bf16", "causal", layout="bshd"),
+    Case("narrow-key-beside-64", 2, 2, 2, 100, 130, 16, 64, "fp16", "causal"),
     # pytorch#196678: NaN in dq where S % 128 == 64 with a mask; #193893: wrong with few key heads.
     Case("pytorch-196678", 2, 8, 8, 4160, 4160, 128, 128, dense="BMN"),
     Case("pytorch-193893", 2, 32, 4, 1024, 1024, 128, 128, mask="causal"),

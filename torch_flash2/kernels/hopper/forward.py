@@ -186,5 +186,5 @@ def record(
     """Run it, and record it for calls alike."""
     if 0 not in call.query.shape:
         # Zeros that are there already are not computed while the launch is recorded.
-        launching.zeros(call.query.device, _workspace(problem, config, call))
+        launching.keep_zeros(call.query.device, _workspace(problem, config, call))
     return recording.record(launch, problem, config, call)

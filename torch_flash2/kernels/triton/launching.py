@@ -90,24 +90,31 @@ def _move_cache(error: OSError) -> None:
     triton.knobs.cache.dir = _temporary_cache()
 
 
-_zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
+_kept: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def zeros(device: torch.device, size: int) -> torch.Tensor:
-    """At least `size` int32 zeros for a kernel that leaves them as zeros: those of the current stream, since its
-    launches follow one another; under capture the graph's own."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    found = _zeros.get(key)
-    if found is None or found.numel() < size:
-        found = _zeros[key] = torch.zeros(triton.next_power_of_2(size), dtype=torch.int32, device=device)
+    """At least `size` int32 zeros for a kernel that leaves them as zeros: those kept for the current stream, whose
+    launches follow one another, or fresh ones."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        found = _kept.get((device, torch.cuda.current_stream(device).cuda_stream))
+        if found is not None and found.numel() >= size:
+            return found
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def keep_zeros(device: torch.device, size: int) -> torch.Tensor:
+    """As `zeros`; fresh ones are kept for the calls to come. Only eager calls may: compiled ones allocate from a pool
+    that is a CUDA graph's own. Under capture nothing is kept."""
+    found = zeros(device, size)
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        _kept[device, torch.cuda.current_stream(device).cuda_stream] = found
     return found
 
 
-def are_zeros(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is what `zeros` gave."""
-    return any(tensor is known for known in _zeros.values())
+def are_kept(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what `keep_zeros` keeps."""
+    return any(tensor is known for known in _kept.values())
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -151,13 +158,22 @@ def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, cols])
 
 
+def widths(problem: Problem) -> tuple[int, int]:
+    """Columns of tiles of D and of Dv.
+
+    Equal where both are at most 64: beside 64 columns, 32 or 16 give wrong results and accesses out of bounds with
+    Triton 3.6 on an H200 (D 40 and 24, Dv 24 and 16, 2026-11-21), though the same kernel is right in the interpreter.
+    """
+    width, width_v = block_dim(problem.head_dim), block_dim(problem.head_dim_v)
+    return max(width, min(width_v, 64)), max(width_v, min(width, 64))
+
+
 def mode(problem: Problem, config: Config) -> Mode:
     """The compile-time numbers of a launch."""
     return Mode(
         config.BLOCK_M,
         config.BLOCK_N,
-        block_dim(problem.head_dim),
-        block_dim(problem.head_dim_v),
+        *widths(problem),
         problem.mask.bounds_left,
         problem.mask.align == "bottom-right",
         problem.precision if problem.dtype == torch.float32 else "ieee",
