@@ -180,6 +180,7 @@ def test_unsupported() -> None:
         """\
 no kernel can run this call: backward on CPU, float32, B=2 H=4/2, M=6 N=24 D=16, mask full, pages of 8
   decode: it has no backward
+  hopper: it has no backward
   triton: it needs a CUDA GPU, the tensors are on the CPU; it has no backward through pages
   cpu: it has no backward through pages
   reference: it runs only when forced: its memory grows with M * N""",
@@ -187,7 +188,8 @@ no kernel can run this call: backward on CPU, float32, B=2 H=4/2, M=6 N=24 D=16,
 
 
 def test_force() -> None:
-    with pytest.raises(ValueError, match="no kernel is called 'cuda'; known are decode, triton, cpu, reference"):
+    known = "known are decode, hopper, triton, cpu, reference"
+    with pytest.raises(ValueError, match=f"no kernel is called 'cuda'; {known}"):
         with torch_flash2.force("cuda"):
             pass
 
@@ -250,7 +252,46 @@ it has head dims up to 512, got 64 and 1024
 it has no backward through pages
 the call has more tiles than a grid has programs""",
     )
-    assert dispatch.select(posed()).kernel == "triton"
+    assert dispatch.select(posed(hardware=hardware.simulated("sm80"))).kernel == "triton"
+
+
+def test_hopper_reasons() -> None:
+    pytest.importorskip("triton")
+    expect(
+        "\n".join(
+            reason
+            for changes in (
+                dict(hardware=hardware.simulated("sm100")),
+                dict(dtype=torch.float32),
+                dict(layout="unit"),
+                dict(head_dim_v=100),
+                dict(head_dim=257),
+                dict(seqlen_q=64),
+                dict(dense=True),
+                dict(steps=("softcap", "bias")),
+                dict(positive_scale=False),
+                dict(dropout=True),
+                dict(page_size=16),
+                dict(batch=2**20, seqlen_q=2**18),
+            )
+            for reason in dispatch.why_not("hopper", posed(**changes))
+        ),
+        """\
+it is for Hopper GPUs (compute capability 9.0)
+it has float16 and bfloat16, got torch.float32
+TMA needs unit stride on D and multiples of 16 bytes everywhere else
+TMA needs unit stride on D and multiples of 16 bytes everywhere else
+it has head dims up to 256, got 257 and 64
+with 64 query rows or fewer half of its tiles would be empty
+dense masks and biases stay on the portable kernel
+dense masks and biases stay on the portable kernel
+a scale that is not positive stays on the portable kernel
+dropout stays on the portable kernel
+it has no paged keys and values
+the call has more tiles than its counter can count""",
+    )
+    assert dispatch.select(posed()).kernel == "hopper"
+    assert dispatch.why_not("hopper", posed(direction="backward")) == ("it has no backward",)
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,12 +324,15 @@ forward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), so
   runs on cpu
   config: path=tiled, rows=64
   not decode: it needs a CUDA GPU, the tensors are on the CPU; it has no dropout
+  not hopper: it is for Hopper GPUs (compute capability 9.0)
   not triton: it needs a CUDA GPU, the tensors are on the CPU
 backward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), softcap, dropout
   runs on cpu
   config: path=tiled, rows=64
   not decode: it has no backward
-  not triton: it needs a CUDA GPU, the tensors are on the CPU""",
+  not hopper: it has no backward
+  not triton: it needs a CUDA GPU, the tensors are on the CPU
+scaled_dot_product_attention has no such call: softcap, mask causal & window(3, 0)""",
     )
     assert len(torch_flash2.explain(query, KEY, VALUE, needs_grad=False).plans) == 1
     with pytest.raises(TypeError, match="attention has no keyword softcaps"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, masks, ops
+from . import direct, dispatch, masks, ops, policy, stock
 from .masks import DenseMask, Mask
 from .problem import Call, Lengths, Pages
 
@@ -78,7 +78,7 @@ def attention(
     )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_forward_ad(call)
-    out, lse = torch.ops.torch_flash2.forward(*call)
+    out, lse = direct.run(call)
     return (out, lse) if return_lse else out
 
 
@@ -157,12 +157,16 @@ def _refuse_forward_ad(call: Call) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a call would run on: the forward's plan and, where gradients are needed, the backward's."""
+    """What a call would run on: the forward's plan and, where gradients are needed, the backward's.
+
+    `stock` says what scaled_dot_product_attention would do with it, by itself and under `enable()`.
+    """
 
     plans: tuple[dispatch.Plan, ...]
+    stock: str
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.plans))
+        return "\n".join([*map(str, self.plans), self.stock])
 
 
 def explain(
@@ -174,8 +178,8 @@ def explain(
     needs_grad: bool | None = None,
     **keywords: Any,
 ) -> Explanation:
-    """What `attention` would do with these arguments, without doing it: kernel, configuration, and every rejection's
-    reasons.
+    """What `attention` would do with these arguments, without doing it: kernel, configuration, copies of inputs, every
+    rejection's reasons, and what PyTorch's scaled_dot_product_attention would choose.
 
     Args:
         query, key, value, mask: as for `attention`.
@@ -197,4 +201,15 @@ def explain(
     if needs_grad is None:
         needs_grad = any(tensor.requires_grad for tensor in tensors)
     bias_grad = call.bias is not None and call.bias.requires_grad
-    return Explanation(tuple(ops.plans(call, needs_grad, bias_grad)))
+    plans = tuple(ops.plans(call, needs_grad, bias_grad))
+    return Explanation(plans, _explain_stock(call, plans[0]))
+
+
+def _explain_stock(call: Call, plan: dispatch.Plan) -> str:
+    same = stock.of_call(call)
+    if isinstance(same, str):
+        return f"scaled_dot_product_attention has no such call: {same}"
+    choice = stock.choice(same)
+    taken, reason = policy.faster(plan.problem, choice)
+    verb = "takes" if taken else "leaves"
+    return f"scaled_dot_product_attention would choose {choice}; enable() {verb} such calls: {reason}"

@@ -96,9 +96,8 @@ for _key in ("CPU", "CUDA"):
 def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = Call(*arguments)
     problem.validate(call)
-    B, H, M, _ = call.query.shape
-    out = call.query.new_empty(B, M, H, call.value.shape[3]).transpose(1, 2)
-    return out, call.query.new_empty(B, H, M, dtype=torch.float32)
+    out = call.query.new_empty_strided(*problem.output_like(call))
+    return out, call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("torch_flash2::backward", lib=_library)

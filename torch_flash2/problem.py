@@ -360,6 +360,39 @@ def _check_lengths(call: Call) -> None:
             raise ValueError(f"{name} must not be negative, got {hint}")
 
 
+def output_like(call: Call) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Sizes [B, H, M, Dv] and strides of the output: dense, its dimensions in memory in the query's order, as PyTorch's
+    own flash attention lays it out, D innermost.
+
+    A query of overlapping memory says nothing of an order; the output then lies as B, M, H, Dv.
+    """
+    B, H, M, _ = call.query.shape
+    sizes = (B, H, M, call.value.shape[3])
+    strides = call.query.stride()
+    order = [0, 2, 1]
+    if all(type(stride) is not int or stride != 0 for stride in strides[:3]):
+        order = []
+        for i in range(3):
+            place = i
+            while place > 0 and _definitely(strides[i] > strides[order[place - 1]]):
+                place -= 1
+            order.insert(place, i)
+    found, step = [0, 0, 0], sizes[3]
+    for i in reversed(order):
+        found[i] = step
+        step = step * sizes[i] if type(sizes[i]) is not int else step * max(sizes[i], 1)
+    return sizes, (found[0], found[1], found[2], 1)
+
+
+def _definitely(condition: bool | torch.SymBool) -> bool:
+    """The condition, False where its sizes are known at run time alone."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
 def stored_shape(call: Call) -> tuple[int, int, int, int]:
     """[B, H, M, N] of the tensors as stored, to which dense masks and biases broadcast."""
     if call.block_table is not None:

@@ -30,7 +30,7 @@ def tile_count(cu, B, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _find_segment(cu, B, tile, BLOCK: tl.constexpr):
+def find_segment(cu, B, tile, BLOCK: tl.constexpr):
     """The last segment b of 0 .. B whose first tile is not after `tile`, by bisection."""
     low = 0
     high = B
@@ -55,7 +55,7 @@ def locate(pid, cu, B, heads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.conste
     if cu is None:
         b = rest // heads
     else:
-        b = _find_segment(cu, B, tile, BLOCK)
+        b = find_segment(cu, B, tile, BLOCK)
         tile -= tl.load(cu + b) // BLOCK + b
     return tile, head, b
 
@@ -101,7 +101,7 @@ def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: 
         inside = (c < x.cols)[None, :]
         if CHECK:
             inside = (row + r < limit)[:, None] & inside
-        tile = tl.load(_base(rows, row) + offsets, mask=inside, other=0.0)
+        tile = tl.load(base_of(rows, row) + offsets, mask=inside, other=0.0)
     return tile
 
 
@@ -184,7 +184,7 @@ def store_rows(rows, row, limit, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
     c = tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
     tl.store(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
+        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
         tile.to(x.ptr.dtype.element_ty),
         mask=inside,
     )
@@ -198,14 +198,14 @@ def load_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constex
     c = column + tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
     return tl.load(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
+        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
     )
 
 
 @triton.jit
 def row_pointers(rows, row, BLOCK: tl.constexpr):
     """Pointers [BLOCK] to rows row .. row + BLOCK of a segment."""
-    return _base(rows, row) + tl.arange(0, BLOCK).to(tl.int64) * rows.x.row
+    return base_of(rows, row) + tl.arange(0, BLOCK).to(tl.int64) * rows.x.row
 
 
 @triton.jit
@@ -216,14 +216,14 @@ def store_columns(rows, row, limit, column, tile, BLOCK: tl.constexpr, COLS: tl.
     c = column + tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
     tl.store(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
+        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
         tile.to(x.ptr.dtype.element_ty),
         mask=inside,
     )
 
 
 @triton.jit
-def _base(rows, row):
+def base_of(rows, row):
     """Pointer to a row of a segment, in 64 bits."""
     x = rows.x
     at = tl.cast(rows.start + row, tl.int64) * x.row

@@ -59,6 +59,8 @@ def attend_carefully(
     main loops. `out` are pointers [BLOCK_M] to rows, of which those are `stored`, and their column stride.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    # Other threads stored these elements first: without a barrier theirs may land last (seen on an H200, 2026-11-21).
+    tl.debug_barrier()
     lse2 = tl.where(lse2 == -float("inf"), float("inf"), lse2)
     pointers = out[0]
     cols = values.x.cols

@@ -16,7 +16,7 @@ import triton.language as tl
 from ...problem import Call, Problem, key_value, stored_keys
 from ..bundles import Dropout, Head, Rows, Strided
 from ..device import bands, philox, scores, tiles
-from . import launching, tables
+from . import launching, recording, tables
 from .common import attend_carefully, query_tile, tile_scores, visible_keys
 from .tables import Config
 
@@ -168,3 +168,10 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     programs = launching.programs(call.cu_q, problem.batch, problem.heads, problem.seqlen_q, config.BLOCK_M)
     launching.launch(attention_forward, programs, call.query.device, arguments, **config.options)
     return out, lse
+
+
+def record(
+    problem: Problem, config: Config, call: Call
+) -> tuple[tuple[torch.Tensor, torch.Tensor], recording.Recording | None]:
+    """Run it, and record it for calls alike."""
+    return recording.record(launch, problem, config, call)

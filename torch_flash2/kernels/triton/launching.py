@@ -43,25 +43,34 @@ def instead(handler: Callable[..., Any]) -> Iterator[None]:
         _instead.reset(token)
 
 
+def handler() -> Callable[..., Any] | None:
+    """What launches are handed to here, if anything."""
+    return _instead.get()
+
+
 def launch(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], **options: Any) -> None:
     """Launch programs of a kernel on a device, which need not be the current one; nothing where there are none."""
-    handler = _instead.get()
-    if handler is not None:
-        handler(kernel, (programs,), arguments, options)
+    handle = _instead.get()
+    if handle is not None:
+        handle(kernel, (programs,), arguments, options)
     elif programs > 0:
-        try:
-            _run(kernel, programs, device, arguments, options)
-        except OSError as error:
-            _move_cache(error)
-            _run(kernel, programs, device, arguments, options)
+        run(kernel, programs, device, arguments, options)
 
 
-def _run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch, whatever `instead` says; returns Triton's compiled kernel."""
+    try:
+        return _run(kernel, programs, device, arguments, options)
+    except OSError as error:
+        _move_cache(error)
+        return _run(kernel, programs, device, arguments, options)
+
+
+def _run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **options)
-    else:
-        kernel[(programs,)](*arguments, **options)
+            return kernel[(programs,)](*arguments, **options)
+    return kernel[(programs,)](*arguments, **options)
 
 
 @functools.cache
@@ -79,6 +88,26 @@ def _move_cache(error: OSError) -> None:
         stacklevel=2,
     )
     triton.knobs.cache.dir = _temporary_cache()
+
+
+_zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def zeros(device: torch.device, size: int) -> torch.Tensor:
+    """At least `size` int32 zeros for a kernel that leaves them as zeros: those of the current stream, since its
+    launches follow one another; under capture the graph's own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    found = _zeros.get(key)
+    if found is None or found.numel() < size:
+        found = _zeros[key] = torch.zeros(triton.next_power_of_2(size), dtype=torch.int32, device=device)
+    return found
+
+
+def are_zeros(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what `zeros` gave."""
+    return any(tensor is known for known in _zeros.values())
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -105,9 +134,9 @@ def why_not(problem: Problem) -> Iterator[str]:
 
 def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty out and lse of a call."""
-    B, H, M, _ = call.query.shape
-    out = call.query.new_empty(B, M, H, call.value.shape[3]).transpose(1, 2)
-    return out, call.query.new_empty(B, H, M, dtype=torch.float32)
+    query = call.query
+    out = torch.empty_strided(*problem_module.output_like(call), dtype=query.dtype, device=query.device)
+    return out, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
 
 
 def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
