@@ -19,7 +19,10 @@ setup(
     license="BSD-3-Clause",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["torch_flash2", "torch_flash2.*"]),
+    packages=[*find_packages(include=["torch_flash2", "torch_flash2.*"]), "torch_flash2_autoload"],
+    package_dir={"torch_flash2_autoload": "torch_flash2/autoload"},
+    # PyTorch loads these when it is imported; the module must cost nothing.
+    entry_points={"torch.backends": ["torch_flash2 = torch_flash2_autoload:autoload"]},
     package_data={"": ["py.typed", "*.json"]},
     install_requires=["torch>=2.11"],
     extras_require={

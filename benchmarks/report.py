@@ -11,6 +11,8 @@ from .chart import Line, Panel, chart
 from .results import COLUMNS, RATIO_COLUMNS, Row, Table
 
 GRIDS = ("forward", "backward")
+# Pseudo-providers of the decode suite: the machine's own rates.
+LIMITS = ("copy", "gemm")
 _BLOCK = "<!-- benchmarks:{0} -->", "<!-- /benchmarks:{0} -->"
 
 
@@ -160,6 +162,20 @@ def memory_table(rows: list[Row]) -> str:
     )
 
 
+def decode_table(rows: list[Row], ratios: list[Row]) -> str:
+    """Bytes of keys and values a second, beside the copy bandwidth of the same run and the speed over each peer."""
+    lines = []
+    for row in rows:
+        if row["provider"] == "gemm":
+            continue
+        speeds = [f"{r['value']} {r['versus']}" for r in _find(ratios, row, "speed") if r["versus"] not in LIMITS]
+        us = f"{1e3 * float(row['ms']):.1f}"
+        tflops = f"{float(row['tflops']):.0f}" if row["provider"] not in LIMITS else "-"
+        shown = "; ".join(speeds) if row["provider"].startswith("torch_flash2") else ""
+        lines.append([row["case"], row["provider"], us, f"{float(row['gbps']):.0f}", tflops, shown])
+    return _table(["case", "provider", "us", "GB/s", "TFLOP/s", "speed over"], lines)
+
+
 def refusals(ratios: list[Row]) -> list[str]:
     """Who could not run what, and why: one line for each reason."""
     lines: dict[tuple[str, str], list[str]] = {}
@@ -183,6 +199,7 @@ def console(rows: list[Row], ratios: list[Row]) -> str:
                 continue
             shown = f"{row['provider']} {float(row['ms'] or 0):.3f}ms"
             shown += f" {float(row['tflops'] or 0):.0f}TF"
+            shown += f" {float(row['gbps'] or 0):.0f}GB/s" if row["suite"] == "decode" else ""
             shown += f" {row['peak_mib']}MiB" if row["suite"] == "memory" else ""
             shown += "".join(f" cost {r['value']}" for r in _find(ratios, row, "cost"))
             for speed in _find(ratios, row, "speed"):
@@ -249,6 +266,8 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
             texts[path.stem] = f"{_table(['step', 'provider', 'ms', 'GB/s'], lines)}\n\n{source}"
         elif path.stem == "memory":
             texts[path.stem] = f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
+        elif path.stem == "decode":
+            texts[path.stem] = f"{decode_table(rows, ratios)}\n\n{source}"
         else:
             tables = filter(None, (feature_table(rows, ratios), error_table(ratios)))
             texts[path.stem] = "\n\n".join([*tables, source])

@@ -256,4 +256,12 @@ def run(suites: list[str], options: Options) -> None:
     for provider in (*options.ours, *(options.against or ())):
         providers.label(provider)
     for name in suites:
-        (MemoryRun if name == "memory" else Run)(name, options)()
+        _kind(name)(name, options)()
+
+
+def _kind(name: str) -> type[Run]:
+    if name == "decode":
+        from .decode import DecodeRun
+
+        return DecodeRun
+    return MemoryRun if name == "memory" else Run

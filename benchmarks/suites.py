@@ -7,6 +7,7 @@ Dv head dim of value
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch_flash2 import masks
 from torch_flash2.testing import CASES, Case
 
 DIRECTIONS = ("forward", "backward")
-SUITES = (*DIRECTIONS, "features", "models", "memory")
+SUITES = (*DIRECTIONS, "features", "models", "memory", "decode")
 GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 GRID_HEAD_DIMS = (64, 128, 256)
 _TERM = re.compile(r"full|causal|window\((-|\d+), (-|\d+)\)")
@@ -46,13 +47,17 @@ class Shape:
     """A case in one direction: "forward", "backward" (timed alone) or "both".
 
     `deterministic` turns on PyTorch's deterministic mode. `base` names the shape of the same group
-    whose time this one's is given as a multiple of.
+    whose time this one's is given as a multiple of. Of the decode suite: `page` rows in a page, 0 for a
+    dense cache; `latent`: the value is the key's first columns; `layers` of attention in one call.
     """
 
     case: Case
     direction: str
     deterministic: bool = False
     base: str = ""
+    page: int = 0
+    latent: bool = False
+    layers: int = 1
 
     @property
     def name(self) -> str:
@@ -189,6 +194,39 @@ def _memory(quick: bool) -> list[Group]:
     return groups
 
 
+def _decode() -> list[Group]:
+    """One new token against caches, then what varies: lengths, pages, a window, MLA, a stack of layers."""
+    peers = ("sdpa", "cudnn", "fa3")
+
+    def shape(
+        name: str, sizes: tuple[int, int, int, int, int], more: dict[str, Any] | None = None, **kind: Any
+    ) -> Shape:
+        B, H, G, N, D = sizes
+        fields: dict[str, Any] = {"mask": "full", "layout": "bshd", **(more or {})}
+        fields.setdefault("head_dim_v", D)
+        return Shape(Case(name, B, H, G, 1, N, head_dim=D, **fields), "forward", **kind)
+
+    large, rng = (64, 32, 8, 16384, 128), random.Random(0)
+    shares = tuple(rng.randint(1, 16384) / 16384 for _ in range(64))
+    mixed: dict[str, Any] = dict(lengths="padded_k", documents=(1.0,) * 64, documents_k=shares)
+    window = dict(mask="window(1023, 0) @ bottom-right")
+    alone = [
+        shape("b8-32k-d128", (8, 32, 8, 32768, 128)),
+        shape("b1-128k-d128", (1, 32, 8, 131072, 128)),
+        shape("b128-mqa-8k-d128", (128, 8, 1, 8192, 128)),
+        shape("b16-8k-d64", (16, 64, 8, 8192, 64)),
+    ]
+    pages = [
+        shape("b64-16k-d128", large),
+        shape("mixed", large, mixed),
+        *(shape(f"mixed-page{size}", large, mixed, page=size) for size in (16, 64, 256)),
+        shape("window1024-page64", large, window, page=64),
+    ]
+    latent = shape("mla-page64", (64, 128, 1, 8192, 576), dict(head_dim_v=512), page=64, latent=True)
+    stacks = [shape(f"llama-stack-b{B}", (B, 32, 8, N, 128), layers=32) for B, N in ((1, 16384), (64, 4096))]
+    return [Group(tuple(pages), peers), *(Group((each,), peers) for each in (*alone, latent, *stacks))]
+
+
 def suite(name: str, *, dtype: str = "bf16", quick: bool = False, pattern: str = "", tiny: bool = False) -> list[Group]:
     """The groups of a suite.
 
@@ -209,6 +247,8 @@ def suite(name: str, *, dtype: str = "bf16", quick: bool = False, pattern: str =
         groups = _models()
     elif name == "memory":
         groups = _memory(quick)
+    elif name == "decode":
+        groups = _decode()
     else:
         raise ValueError(f"the suites are {', '.join(SUITES)}, got {name!r}")
     groups = [g for g in groups if any(re.search(pattern, shape.name) for shape in g.shapes)]

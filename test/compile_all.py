@@ -88,8 +88,8 @@ def sample() -> Iterator[Job]:
     yield Job("sm90", "bf16", 512, "strided", "backward")
 
 
-def compile_case(case: Case, direction: str, arch: str) -> tuple[problem.Problem, list[Any]]:
-    """Compile the kernels of a case; allocates nothing, whatever its size."""
+def posed(case: Case, direction: str, arch: str) -> tuple[problem.Problem, problem.Call]:
+    """A case's Problem and its call without data; allocates nothing, whatever its size."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from torch_flash2.kernels.triton import offline
@@ -99,10 +99,17 @@ def compile_case(case: Case, direction: str, arch: str) -> tuple[problem.Problem
         inputs = case.inputs()
         call = attention._call(*inputs.arguments, **inputs.keywords, pages=None)
     call = offline.on_meta(call)
-    posed = problem.of(call, direction, direction == "backward", case.bias is not None)
-    posed = dataclasses.replace(posed, hardware=hardware.simulated(arch))
-    plan = dispatch.select(posed, "triton")
-    return posed, offline.compile_call(plan.module, posed, plan.config, call)
+    found = problem.of(call, direction, direction == "backward", case.bias is not None)
+    return dataclasses.replace(found, hardware=hardware.simulated(arch)), call
+
+
+def compile_case(case: Case, direction: str, arch: str, kernel: str = "triton") -> tuple[problem.Problem, list[Any]]:
+    """Compile the kernels of a case."""
+    from torch_flash2.kernels.triton import offline
+
+    found, call = posed(case, direction, arch)
+    plan = dispatch.select(found, kernel)
+    return found, offline.compile_call(plan.module, found, plan.config, call)
 
 
 def run_job(job: Job) -> list[Outcome]:
@@ -111,13 +118,13 @@ def run_job(job: Job) -> list[Outcome]:
     segments = len(mix.get("documents", "12"))
     case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, job.head_dim, job.dtype, **mix)
     try:
-        posed, kernels = compile_case(case, job.direction, job.arch)
+        found, kernels = compile_case(case, job.direction, job.arch)
     except dispatch.UnsupportedError as error:
         # A refusal is an answer where the smallest tiles do not fit; any other is a failure.
         return [Outcome(job, "refused", 0, "" if "bytes of shared memory" in str(error) else str(error))]
     except Exception as error:
         return [Outcome(job, "", 0, f"{type(error).__name__}: {str(error)[:500]}")]
-    limit = posed.hardware.shared_memory
+    limit = found.hardware.shared_memory
     outcomes = []
     for kernel in kernels:
         shared, tensor = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Graphs that Inductor cached on disk may come from other versions of this library.
+_cache = tempfile.TemporaryDirectory(prefix="torch_flash2-inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
 settings.register_profile(
     "ci",

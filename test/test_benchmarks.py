@@ -177,8 +177,8 @@ def test_provider_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert providers.label("fa2") == "fa2"
     with pytest.raises(ValueError, match="no provider is called 'fa9'; known are torch_flash2, "):
         runner.run(["forward"], runner.Options(device="cpu", against=("fa9",)))
-    with pytest.raises(ValueError, match="the suites are forward, .* got 'decode'"):
-        suites.suite("decode")
+    with pytest.raises(ValueError, match="the suites are forward, .* got 'encode'"):
+        suites.suite("encode")
 
 
 def test_tune(tmp_path: Path) -> None:
@@ -365,3 +365,18 @@ def test_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "_output", lambda *command: "")
     monkeypatch.setenv("BENCH_COMMIT", "abc1234")
     assert results.environment(CPU)["commit"] == "abc1234"
+
+
+def test_decode_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "--suite", "decode", "--filter", "mixed|mla|stack-b1", "--against", "sdpa,fa3,efficient")
+    rows = read(tmp_path / "decode.csv")
+    found = {(row["case"], row["provider"]) for row in rows}
+    for case in ("b64-16k-d128", "mixed", "mixed-page16", "window1024-page64", "mla-page64", "llama-stack-b1"):
+        assert {(case, name) for name in ("torch_flash2", "copy", "gemm")} <= found
+    assert ("mixed", "sdpa") in found and all(float(row["gbps"]) > 0 for row in rows)
+    ratios = read(tmp_path / "decode_ratios.csv")
+    assert {row["versus"] for row in ratios if row["kind"] == "speed"} == {"sdpa"}
+    refused = {(row["case"], row["provider"]) for row in ratios if row["kind"] == "refused"}
+    assert ("mla-page64", "sdpa") in refused and ("mixed", "fa3") in refused
+    report.write(tmp_path, None)
+    assert "| mixed | torch_flash2 |" in (tmp_path / "report.md").read_text()

@@ -195,7 +195,7 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FLASH2_CHECK", "maybe")
     monkeypatch.setenv("TORCH_FLASH2_KERNEL", "reference")
     try:
-        assert settings.enabled()
+        assert settings.policy() == "fastest"
         assert settings.forced_kernel() == "reference"
         with pytest.raises(ValueError, match="TORCH_FLASH2_CHECK must be one of .*got 'maybe'"):
             settings.checks()

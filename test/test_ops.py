@@ -334,7 +334,7 @@ def test_double_backward_says_the_way_out() -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@compiled
 def test_forward_mode_says_the_way_out() -> None:
     query, key, value = qkv(grad=False)
     with torch.autograd.forward_ad.dual_level():
@@ -358,8 +358,17 @@ def test_alibi_slopes_have_no_gradient() -> None:
 def test_layout_of_out() -> None:
     for kernel in ("cpu", "reference"):
         with torch_flash2.force(kernel):
-            out = attention(*qkv())
-        assert out.shape == (B, H, M, Dv) and out.transpose(1, 2).is_contiguous()
+            query, key, value = qkv()
+            for order in ((0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0)):
+                # The query's memory order, whatever it is, is the output's; the head dim is innermost.
+                back = (*(order.index(i) for i in range(3)), 3)
+                out = attention(query.permute(*order, 3).contiguous().permute(back), key, value)
+                assert out.shape == (B, H, M, Dv) and out.permute(*order, 3).is_contiguous()
+                wide = query.new_zeros(B, H, M, 2 * D).permute(*order, 3).contiguous().permute(back)
+                out = attention(wide[..., :D], key, value)
+                assert out.permute(*order, 3).is_contiguous()
+            out = attention(query[:1].expand(B, H, M, D), key, value)
+            assert out.transpose(1, 2).is_contiguous()
 
 
 def test_masks_in_every_form_are_the_same() -> None:

@@ -85,7 +85,12 @@ def test_masks() -> None:
             dict(mask=make(M, N + 1) == 0),
             dict(mask=make(1, B, H, M, N) == 0),
             dict(mask="causal", lengths=Lengths(used_k=cu(3, 4))),
-            dict(mask="causal", pages=Pages(make(B, 1, dtype=torch.int32), 8)),
+            dict(
+                mask="causal",
+                key=make(4, 8, G, D),
+                value=make(4, 8, G, D),
+                pages=Pages(make(B, 1, dtype=torch.int32), 8),
+            ),
         ),
         """\
 TypeError: a mask tensor must be bool (True: attend), got torch.float32; pass a float tensor as bias=
@@ -168,19 +173,23 @@ def unsupported(run: Callable[[], Any]) -> str:
 
 
 def test_unsupported() -> None:
-    pages = Pages(make(B, 1, dtype=torch.int32), 8)
+    pages = Pages(torch.zeros(B, 3, dtype=torch.int32), 8)
+    out = attention(QUERY.clone().requires_grad_(), make(4, 8, G, D), make(4, 8, G, D), pages=pages)
     expect(
-        unsupported(lambda: attention(QUERY, make(4, 8, G, D), make(4, 8, G, D), pages=pages)),
+        unsupported(lambda: out.sum().backward()),
         """\
-no kernel can run this call: forward on CPU, float32, B=2 H=4/2, M=6 N=32 D=16, mask full
-  triton: it needs a CUDA GPU, the tensors are on the CPU; it has no paged keys and values yet
-  cpu: it has no paged keys and values yet
+no kernel can run this call: backward on CPU, float32, B=2 H=4/2, M=6 N=24 D=16, mask full, pages of 8
+  decode: it has no backward
+  hopper: it has no backward
+  triton: it needs a CUDA GPU, the tensors are on the CPU; it has no backward through pages
+  cpu: it has no backward through pages
   reference: it runs only when forced: its memory grows with M * N""",
     )
 
 
 def test_force() -> None:
-    with pytest.raises(ValueError, match="no kernel is called 'cuda'; known are triton, cpu, reference"):
+    known = "known are decode, hopper, triton, cpu, reference"
+    with pytest.raises(ValueError, match=f"no kernel is called 'cuda'; {known}"):
         with torch_flash2.force("cuda"):
             pass
 
@@ -228,7 +237,8 @@ def test_triton_reasons() -> None:
                 dict(hardware=hardware.Hardware("mps", "mps")),
                 dict(dtype=torch.float64),
                 dict(head_dim=513),
-                dict(head_dim_v=1024, page_size=16),
+                dict(head_dim_v=1024),
+                dict(direction="backward", page_size=16),
                 dict(batch=2**16, seqlen_q=2**20),
             )
             for reason in dispatch.why_not("triton", posed(**changes))
@@ -239,10 +249,49 @@ it runs on CUDA GPUs, the tensors are on mps
 it has no float64
 it has head dims up to 512, got 513 and 64
 it has head dims up to 512, got 64 and 1024
-it has no paged keys and values yet
+it has no backward through pages
 the call has more tiles than a grid has programs""",
     )
-    assert dispatch.select(posed()).kernel == "triton"
+    assert dispatch.select(posed(hardware=hardware.simulated("sm80"))).kernel == "triton"
+
+
+def test_hopper_reasons() -> None:
+    pytest.importorskip("triton")
+    expect(
+        "\n".join(
+            reason
+            for changes in (
+                dict(hardware=hardware.simulated("sm100")),
+                dict(dtype=torch.float32),
+                dict(layout="unit"),
+                dict(head_dim_v=100),
+                dict(head_dim=257),
+                dict(seqlen_q=64),
+                dict(dense=True),
+                dict(steps=("softcap", "bias")),
+                dict(positive_scale=False),
+                dict(dropout=True),
+                dict(page_size=16),
+                dict(batch=2**20, seqlen_q=2**18),
+            )
+            for reason in dispatch.why_not("hopper", posed(**changes))
+        ),
+        """\
+it is for Hopper GPUs (compute capability 9.0)
+it has float16 and bfloat16, got torch.float32
+TMA needs unit stride on D and multiples of 16 bytes everywhere else
+TMA needs unit stride on D and multiples of 16 bytes everywhere else
+it has head dims up to 256, got 257 and 64
+with 64 query rows or fewer half of its tiles would be empty
+dense masks and biases stay on the portable kernel
+dense masks and biases stay on the portable kernel
+a scale that is not positive stays on the portable kernel
+dropout stays on the portable kernel
+it has no paged keys and values
+the call has more tiles than its counter can count""",
+    )
+    assert dispatch.select(posed()).kernel == "hopper"
+    assert dispatch.why_not("hopper", posed(direction="backward")) == ("it has no backward",)
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,11 +323,16 @@ def test_explain() -> None:
 forward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), softcap, dropout
   runs on cpu
   config: path=tiled, rows=64
+  not decode: it needs a CUDA GPU, the tensors are on the CPU; it has no dropout
+  not hopper: it is for Hopper GPUs (compute capability 9.0)
   not triton: it needs a CUDA GPU, the tensors are on the CPU
 backward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), softcap, dropout
   runs on cpu
   config: path=tiled, rows=64
-  not triton: it needs a CUDA GPU, the tensors are on the CPU""",
+  not decode: it has no backward
+  not hopper: it has no backward
+  not triton: it needs a CUDA GPU, the tensors are on the CPU
+scaled_dot_product_attention has no such call: softcap, mask causal & window(3, 0)""",
     )
     assert len(torch_flash2.explain(query, KEY, VALUE, needs_grad=False).plans) == 1
     with pytest.raises(TypeError, match="attention has no keyword softcaps"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, masks, ops
+from . import direct, dispatch, masks, ops, policy, stock
 from .masks import DenseMask, Mask
 from .problem import Call, Lengths, Pages
 
@@ -31,6 +31,7 @@ def attention(
     scale: float | None = None,
     lengths: Lengths | None = None,
     pages: Pages | None = None,
+    num_splits: int | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Exact attention, softmax(scale * query @ key.T + ...) @ value, with memory linear in the sequence lengths.
@@ -54,7 +55,11 @@ def attention(
         dropout_p: in [0, 1); the mask comes from PyTorch's generator of the device.
         scale: defaults to 1 / sqrt(D).
         lengths: packed documents (then query is [1, H, total, D]) or padding, as int32 tensors on the device.
-        pages: paged keys and values; not supported yet.
+        pages: key and value are paged, [pages, page_size, G, D] and [pages, page_size, G, Dv]; the block table says
+            which pages are a segment's, `lengths.used_k` how many keys it has. There is no backward through pages.
+        num_splits: into how many parts a segment's keys are split among programs where there are few query rows; None
+            leaves it to the library. With a number, a segment's result has the same bits whatever else is in its batch
+            and however much room its cache has.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -68,10 +73,12 @@ def attention(
     References:
         Dao et al. 2022 (arXiv 2205.14135), Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
     """
-    call = _call(query, key, value, mask, bias, softcap, alibi_slopes, sinks, dropout_p, scale, lengths, pages)
+    call = _call(
+        query, key, value, mask, bias, softcap, alibi_slopes, sinks, dropout_p, scale, lengths, pages, num_splits
+    )
     if torch.autograd.forward_ad._current_level >= 0:
         _refuse_forward_ad(call)
-    out, lse = torch.ops.torch_flash2.forward(*call)
+    out, lse = direct.run(call)
     return (out, lse) if return_lse else out
 
 
@@ -88,6 +95,7 @@ def _call(
     scale: float | None,
     lengths: Lengths | None,
     pages: Pages | None,
+    num_splits: int | None = None,
 ) -> Call:
     bands, dense = _split_mask(mask)
     seed = None
@@ -120,6 +128,7 @@ def _call(
         max_k,
         torch.are_deterministic_algorithms_enabled(),
         dispatch.forced(),
+        num_splits,
     )
 
 
@@ -148,12 +157,16 @@ def _refuse_forward_ad(call: Call) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a call would run on: the forward's plan and, where gradients are needed, the backward's."""
+    """What a call would run on: the forward's plan and, where gradients are needed, the backward's.
+
+    `stock` says what scaled_dot_product_attention would do with it, by itself and under `enable()`.
+    """
 
     plans: tuple[dispatch.Plan, ...]
+    stock: str
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.plans))
+        return "\n".join([*map(str, self.plans), self.stock])
 
 
 def explain(
@@ -165,8 +178,8 @@ def explain(
     needs_grad: bool | None = None,
     **keywords: Any,
 ) -> Explanation:
-    """What `attention` would do with these arguments, without doing it: kernel, configuration, and every rejection's
-    reasons.
+    """What `attention` would do with these arguments, without doing it: kernel, configuration, copies of inputs, every
+    rejection's reasons, and what PyTorch's scaled_dot_product_attention would choose.
 
     Args:
         query, key, value, mask: as for `attention`.
@@ -177,7 +190,8 @@ def explain(
         As `attention`.
     """
     options: dict[str, Any] = dict(
-        bias=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0, scale=None, lengths=None, pages=None
+        bias=None, softcap=None, alibi_slopes=None, sinks=None, dropout_p=0.0, scale=None, lengths=None, pages=None,
+        num_splits=None,
     )  # fmt: skip
     keywords.pop("return_lse", None)
     if unknown := set(keywords) - set(options):
@@ -187,4 +201,15 @@ def explain(
     if needs_grad is None:
         needs_grad = any(tensor.requires_grad for tensor in tensors)
     bias_grad = call.bias is not None and call.bias.requires_grad
-    return Explanation(tuple(ops.plans(call, needs_grad, bias_grad)))
+    plans = tuple(ops.plans(call, needs_grad, bias_grad))
+    return Explanation(plans, _explain_stock(call, plans[0]))
+
+
+def _explain_stock(call: Call, plan: dispatch.Plan) -> str:
+    same = stock.of_call(call)
+    if isinstance(same, str):
+        return f"scaled_dot_product_attention has no such call: {same}"
+    choice = stock.choice(same)
+    taken, reason = policy.faster(plan.problem, choice)
+    verb = "takes" if taken else "leaves"
+    return f"scaled_dot_product_attention would choose {choice}; enable() {verb} such calls: {reason}"

@@ -25,8 +25,10 @@ from typing import Any
 from . import settings
 from .problem import Problem
 
-# In order of preference; a kernel is a name and, per direction, a module.
+# In order of preference; a kernel is a name and, per direction that it has, a module.
 KERNELS: dict[str, dict[str, str]] = {
+    "decode": {"forward": "kernels.triton.decode"},
+    "hopper": {"forward": "kernels.hopper.forward"},
     "triton": {"forward": "kernels.triton.forward", "backward": "kernels.triton.backward"},
     "cpu": {"forward": "kernels.cpu", "backward": "kernels.cpu"},
     "reference": {"forward": "kernels.reference", "backward": "kernels.reference"},
@@ -76,6 +78,8 @@ def kernel(name: str, direction: str) -> ModuleType:
 
 def why_not(name: str, problem: Problem) -> tuple[str, ...]:
     """Why a kernel cannot run the problem; empty where it can."""
+    if name in KERNELS and problem.direction not in KERNELS[name]:
+        return (f"it has no {problem.direction}",)
     try:
         module = kernel(name, problem.direction)
     except ImportError as error:
@@ -96,7 +100,7 @@ def force(kernel: str, config: Mapping[str, Any] | None = None) -> Iterator[None
     """Run calls inside the block, and their backward, on one kernel; raise UnsupportedError where it cannot.
 
     Args:
-        kernel: "triton", "cpu" or "reference".
+        kernel: "decode", "triton", "cpu" or "reference".
         config: fields of the kernel's configuration to override, for example {"BLOCK_M": 64}; those that a direction
         does not have
             are left to the other. A compiled function keeps the choice of the moment in which it was traced.

@@ -14,17 +14,24 @@ from typing import Any
 
 import torch
 
+from .problem import Call
+
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _pairs(query: torch.Size, key: torch.Size) -> int:
+_BLOCK_TABLE = Call._fields.index("block_table")
+
+
+def _pairs(query: torch.Size, keys: int) -> int:
     B, H, M, _ = query
-    return B * H * M * key[2]
+    return B * H * M * keys
 
 
 def forward_flops(query: Any, key: Any, value: Any, *rest: Any, **keywords: Any) -> int:
-    """Two products: with D and with Dv."""
-    return 2 * _pairs(query, key) * (query[3] + value[3])
+    """Two products: with D and with Dv. Paged keys count with all the room that a segment has."""
+    table = rest[_BLOCK_TABLE - 3]
+    keys = key[2] if table is None else table[1] * key[1]
+    return 2 * _pairs(query, keys) * (query[3] + value[3])
 
 
 def backward_flops(
@@ -40,7 +47,7 @@ def backward_flops(
     **keywords: Any,
 ) -> int:
     """The scores again, and two products for each of dQ, dK (with D) and dP, dV (with Dv)."""
-    return 2 * _pairs(query, key) * (3 * query[3] + 2 * value[3])
+    return 2 * _pairs(query, key[2]) * (3 * query[3] + 2 * value[3])
 
 
 def _register() -> None:

@@ -9,18 +9,19 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of q
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
 
-from . import dispatch, flops, problem
+from . import checks, dispatch, flops, problem, settings
 from .problem import Call, Gradients, Saved
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? dense, Tensor? bias, Tensor? alibi, Tensor? sinks, Tensor? seed, "
     "Tensor? cu_q, Tensor? cu_k, Tensor? used_q, Tensor? used_k, Tensor? block_table, "
     "str mask, SymInt[] mask_numbers, float scale, float? softcap, float dropout_p, "
-    "SymInt? page_size, SymInt? max_q, SymInt? max_k, bool deterministic, str? force"
+    "SymInt? page_size, SymInt? max_q, SymInt? max_k, bool deterministic, str? force, SymInt? num_splits"
 )
 _SAVED = "Tensor out, Tensor lse, Tensor? grad_out, Tensor? grad_lse, bool[] wanted"
 
@@ -29,6 +30,11 @@ _library.define(f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 _library.define(
     f"backward({_SAVED}, {_ARGUMENTS}) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)",
 )
+_library.define(
+    "append(Tensor(a!) key_cache, Tensor(b!)? value_cache, Tensor key, Tensor? value, Tensor used_k, "
+    "Tensor? block_table, Tensor? batch_index, Tensor? cos, Tensor? sin, bool interleaved) -> ()"
+)
+_library.define("rotate(Tensor query, Tensor used_k, Tensor cos, Tensor sin, bool interleaved, bool advance) -> Tensor")
 _SAVED_COUNT = len(Saved._fields)
 
 
@@ -43,6 +49,7 @@ def _posed(call: Call, direction: str, bias_grad: bool) -> tuple[problem.Problem
         direction,
         bias_grad,
         problem.precision(call),
+        problem.value_in_key(call),
         *(
             (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16)
             if isinstance(value, torch.Tensor)
@@ -63,6 +70,8 @@ def _posed(call: Call, direction: str, bias_grad: bool) -> tuple[problem.Problem
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = Call(*arguments)
     posed, plan = _posed(call, "forward", False)
+    if settings.checks():
+        checks.check(call)
     out, lse = plan.module.launch(posed, plan.config, call)
     return out, lse
 
@@ -87,9 +96,8 @@ for _key in ("CPU", "CUDA"):
 def _forward_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = Call(*arguments)
     problem.validate(call)
-    B, H, M, _ = call.query.shape
-    out = call.query.new_empty(B, M, H, call.value.shape[3]).transpose(1, 2)
-    return out, call.query.new_empty(B, H, M, dtype=torch.float32)
+    out = call.query.new_empty_strided(*problem.output_like(call))
+    return out, call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("torch_flash2::backward", lib=_library)
@@ -207,6 +215,44 @@ def _entry(call: Call, dims: Call, index: int) -> list[Any]:
         value.select(dim, index) if isinstance(dim, int) and isinstance(value, torch.Tensor) else value
         for value, dim in pairs
     ]
+
+
+# Caches.
+
+
+def _cache_module(tensor: torch.Tensor) -> Any:
+    return importlib.import_module(".kernels.triton.append" if tensor.is_cuda else ".kernels.append", __package__)
+
+
+def _rotary(cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool) -> problem.Rotary | None:
+    return None if cos is None or sin is None else problem.Rotary(cos, sin, interleaved)
+
+
+def _append(*arguments: Any) -> None:
+    *tensors, cos, sin, interleaved = arguments
+    call = problem.Append._make([*tensors, _rotary(cos, sin, interleaved)])
+    _cache_module(call.key).launch(call)
+
+
+def _rotate(query: Any, used_k: Any, cos: Any, sin: Any, interleaved: bool, advance: bool) -> torch.Tensor:
+    out: torch.Tensor = _cache_module(query).rotate(query, used_k, _rotary(cos, sin, interleaved), advance)
+    return out
+
+
+@torch.library.register_fake("torch_flash2::append", lib=_library)
+def _append_fake(*arguments: Any) -> None:
+    """It writes into its arguments alone."""
+
+
+@torch.library.register_fake("torch_flash2::rotate", lib=_library)
+def _rotate_fake(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    B, H, S, D = query.shape
+    return query.new_empty(B, S, H, D).transpose(1, 2)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("append", _append, _key)
+    _library.impl("rotate", _rotate, _key)
 
 
 flops.register_when_imported()

@@ -18,6 +18,8 @@ from . import hardware, masks, scores, settings
 from .hardware import Hardware
 from .masks import Mask
 
+# Into how many parts a segment's keys may be split.
+MOST_SPLITS = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -40,10 +42,32 @@ class Lengths(NamedTuple):
 
 class Pages(NamedTuple):
     """Paged keys and values [pages, page_size, G, dim]: `block_table` int32 [B, pages per segment] names a segment's
-    pages."""
+    pages, in any order; entries past a segment's used keys are not read."""
 
     block_table: torch.Tensor
     page_size: int
+
+
+class Rotary(NamedTuple):
+    """Rotary embeddings: cos and sin [positions, R], of any floating dtype. The first 2 R columns of a row are turned:
+    column i with R + i, or with its neighbour where `interleaved`."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool = False
+
+
+class Append(NamedTuple):
+    """New rows for a cache, as caches.append describes them."""
+
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor | None
+    key: torch.Tensor
+    value: torch.Tensor | None
+    used_k: torch.Tensor
+    block_table: torch.Tensor | None
+    batch_index: torch.Tensor | None
+    rotary: Rotary | None
 
 
 class Call(NamedTuple):
@@ -72,6 +96,7 @@ class Call(NamedTuple):
     max_k: int | None
     deterministic: bool
     force: str | None
+    num_splits: int | None = None
 
 
 class Saved(NamedTuple):
@@ -101,8 +126,9 @@ class Problem:
 
     `batch` counts segments; `seqlen_q` and `seqlen_k` are those of the tensors as stored, so totals where packed.
     `steps` names the score steps, `lengths` the length tensors that are present. `bias_dims` says in which of (B, H, M,
-    N) the bias varies. `layout` is "aligned" (unit stride on D, everything else a multiple of 16 bytes), "unit" (unit
-    stride on D) or "strided".
+    N) the bias varies. `page_size` is None where keys are not paged; where they are, `seqlen_k` is the room of a
+    segment's pages. `value_in_key`: the value is the first columns of the key, the same memory. `layout` is "aligned"
+    (unit stride on D, everything else a multiple of 16 bytes), "unit" (unit stride on D) or "strided".
     """
 
     direction: str
@@ -130,6 +156,7 @@ class Problem:
     precision: str = "ieee"
     layout: str = "aligned"
     wide: bool = False
+    value_in_key: bool = False
 
     @property
     def group(self) -> int:
@@ -168,6 +195,8 @@ class Problem:
             *(["sinks"] if self.sinks else []),
             *(["dropout"] if self.dropout else []),
             *([f"lengths {', '.join(self.lengths)}"] if self.lengths else []),
+            *([f"pages of {self.page_size}"] if self.page_size is not None else []),
+            *(["value in key"] if self.value_in_key else []),
         ]
         return ", ".join(parts)
 
@@ -227,8 +256,13 @@ def validate(call: Call) -> Mask:
     for name, argument in zip(call._fields, call, strict=True):
         if isinstance(argument, torch.Tensor) and argument.device != query.device:
             raise TypeError(f"every tensor must be on {query.device} as the query is, got {name} on {argument.device}")
-    if call.block_table is None:
-        _check_key_value(query, key, value)
+    if call.block_table is not None:
+        _check_pages(call)
+    _check_key_value(query, *key_value(call))
+    if call.num_splits is not None and not 1 <= call.num_splits <= MOST_SPLITS:
+        raise ValueError(
+            f"num_splits must be from 1 to {MOST_SPLITS} (None leaves it to the library), got {call.num_splits}"
+        )
     _check_lengths(call)
     _check_scores(call)
     mask = parse_mask(call)
@@ -239,6 +273,47 @@ def validate(call: Call) -> Mask:
             "stands at the last used key, as in decoding) or align='top-left' (row 0 stands at key 0)"
         )
     return mask
+
+
+def key_value(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value as [B, G, N, dim], or as views [pages, G, page_size, dim] where they are paged."""
+    if call.block_table is None:
+        return call.key, call.value
+    return call.key.transpose(1, 2), call.value.transpose(1, 2)
+
+
+def stored_keys(call: Call) -> int:
+    """How many keys a segment has room for; of packed keys, their total."""
+    if call.block_table is None:
+        return call.key.shape[2]
+    return call.block_table.shape[1] * call.key.shape[1]
+
+
+def value_in_key(call: Call) -> bool:
+    """Whether the value is the key's first columns, the same memory, as in absorbed MLA."""
+    key, value = call.key, call.value
+    same = value.stride() == key.stride() and value.shape[3] <= key.shape[3]
+    return same and value.data_ptr() == key.data_ptr() != 0
+
+
+def _check_pages(call: Call) -> None:
+    table = call.block_table
+    assert table is not None
+    if table.dtype != torch.int32:
+        raise TypeError(f"block_table must be int32, got {table.dtype}")
+    if table.dim() != 2 or table.shape[0] != segments(call):
+        raise ValueError(f"block_table must be [B, pages per segment], B = {segments(call)}, got {tuple(table.shape)}")
+    if table.stride(1) != 1 and table.shape[1] > 1:
+        raise ValueError(f"block_table must have unit stride in its last dimension, got {table.stride(1)}")
+    if call.cu_k is not None:
+        raise ValueError("paged keys have no cu_k: block_table says where they lie, used_k how many there are")
+    if call.page_size != call.key.shape[1] or call.page_size == 0:
+        raise ValueError(
+            f"paged keys are [pages, page_size, heads, head_dim] with page_size {call.page_size}, "
+            f"got shape {tuple(call.key.shape)}"
+        )
+    if call.key.shape[0] == 0 and table.shape[1] > 0:
+        raise ValueError(f"block_table of shape {tuple(table.shape)} needs pages, the key has none")
 
 
 def _check_key_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -285,10 +360,46 @@ def _check_lengths(call: Call) -> None:
             raise ValueError(f"{name} must not be negative, got {hint}")
 
 
+def output_like(call: Call) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Sizes [B, H, M, Dv] and strides of the output: dense, its dimensions in memory in the query's order, as PyTorch's
+    own flash attention lays it out, D innermost.
+
+    A query of overlapping memory says nothing of an order; the output then lies as B, M, H, Dv.
+    """
+    B, H, M, _ = call.query.shape
+    sizes = (B, H, M, call.value.shape[3])
+    strides = call.query.stride()
+    order = [0, 2, 1]
+    if all(type(stride) is not int or stride != 0 for stride in strides[:3]):
+        order = []
+        for i in range(3):
+            place = i
+            while place > 0 and _definitely(strides[i] > strides[order[place - 1]]):
+                place -= 1
+            order.insert(place, i)
+    found, step = [0, 0, 0], sizes[3]
+    for i in reversed(order):
+        found[i] = step
+        step = step * sizes[i] if type(sizes[i]) is not int else step * max(sizes[i], 1)
+    return sizes, (found[0], found[1], found[2], 1)
+
+
+def _definitely(condition: bool | torch.SymBool) -> bool:
+    """The condition, False where its sizes are known at run time alone."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
 def stored_shape(call: Call) -> tuple[int, int, int, int]:
     """[B, H, M, N] of the tensors as stored, to which dense masks and biases broadcast."""
-    batch = call.query.shape[0] if call.cu_q is None else call.key.shape[0]
-    return batch, call.query.shape[1], call.query.shape[2], call.key.shape[2]
+    if call.block_table is not None:
+        batch = segments(call)
+    else:
+        batch = call.query.shape[0] if call.cu_q is None else call.key.shape[0]
+    return batch, call.query.shape[1], call.query.shape[2], stored_keys(call)
 
 
 def _check_scores(call: Call) -> None:
@@ -342,9 +453,9 @@ def of(call: Call, direction: str = "forward", needs_grad: bool = False, bias_gr
         dtype=query.dtype,
         batch=segments(call),
         heads=query.shape[1],
-        heads_kv=call.key.shape[1] if call.block_table is None else call.key.shape[2],
+        heads_kv=key_value(call)[0].shape[1],
         seqlen_q=query.shape[2],
-        seqlen_k=call.key.shape[2] if call.block_table is None else call.key.shape[0] * call.key.shape[1],
+        seqlen_k=stored_keys(call),
         head_dim=query.shape[3],
         head_dim_v=call.value.shape[3],
         mask=mask,
@@ -362,6 +473,7 @@ def of(call: Call, direction: str = "forward", needs_grad: bool = False, bias_gr
         precision=precision(call),
         layout=_layout(call),
         wide=_wide(call),
+        value_in_key=value_in_key(call),
     )
 
 
@@ -376,7 +488,7 @@ def bias_dims(bias: torch.Tensor) -> tuple[bool, ...]:
 
 
 def _layout(call: Call) -> str:
-    tensors = (call.query, call.key, call.value)
+    tensors = (call.query, *key_value(call))
     if any(t.stride(3) != 1 and t.shape[3] != 1 for t in tensors):
         return "strided"
     return "aligned" if all(map(tma_ready, tensors)) else "unit"
@@ -394,4 +506,5 @@ def tma_ready(tensor: torch.Tensor) -> bool:
 
 def _wide(call: Call) -> bool:
     """Whether offsets inside one tile can pass 2**31 elements: rows far apart."""
-    return any(t.stride(2) >= 2**31 // 512 or t.stride(3) >= 2**31 // 512 for t in (call.query, call.key, call.value))
+    tensors = (call.query, *key_value(call))
+    return any(t.stride(2) >= 2**31 // 512 or t.stride(3) >= 2**31 // 512 for t in tensors)

@@ -13,6 +13,8 @@ import torch
 
 TRUE = ("1", "true", "on", "yes")
 FALSE = ("", "0", "false", "off", "no")
+# Which calls of scaled_dot_product_attention to take; frontends.sdpa.enable explains them.
+POLICIES = ("fastest", "always", "strict")
 
 
 class Variable(NamedTuple):
@@ -24,7 +26,11 @@ class Variable(NamedTuple):
 
 
 VARIABLES = (
-    Variable("TORCH_FLASH2", "0", "1: every attention call of PyTorch runs here, from import on"),
+    Variable(
+        "TORCH_FLASH2",
+        "0",
+        "1, fastest, always or strict: scaled_dot_product_attention runs here, from import torch on",
+    ),
     Variable("TORCH_FLASH2_CHECK", "0", "1: kernels check lengths and page numbers on the device"),
     Variable("TORCH_FLASH2_KERNEL", "", "a kernel's name: every call runs on it, for debugging"),
 )
@@ -37,9 +43,18 @@ def value(name: str) -> str:
     return os.environ.get(name, DEFAULTS[name]).strip()
 
 
-def enabled() -> bool:
-    """Whether TORCH_FLASH2 asks to take over PyTorch's attention."""
-    return _flag("TORCH_FLASH2")
+def policy() -> str | None:
+    """The policy by which TORCH_FLASH2 asks to take over scaled_dot_product_attention; None where it does not.
+
+    Raises:
+        ValueError: it names no policy.
+    """
+    text = value("TORCH_FLASH2").lower()
+    if text not in (*TRUE, *FALSE, *POLICIES):
+        raise ValueError(f"TORCH_FLASH2 must be one of {', '.join((*POLICIES, *TRUE, *FALSE[1:]))}; got {text!r}")
+    if text in FALSE:
+        return None
+    return text if text in POLICIES else POLICIES[0]
 
 
 def checks() -> bool:

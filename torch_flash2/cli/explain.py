@@ -127,4 +127,5 @@ def describe(arguments: argparse.Namespace) -> Call:
         max_k=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         force=dispatch.forced(),
+        num_splits=None,
     )

@@ -29,13 +29,24 @@ class Strided(NamedTuple):
         return cls(tensor, batch, head, row, col, tensor.shape[-1] if tensor.dim() else 1)
 
 
+class Paging(NamedTuple):
+    """Where paged keys lie: `table` int32 [B, pages per segment], its row stride and the number of pages there are,
+    both coded as sizes are."""
+
+    table: Any
+    row: Any
+    pages: Any
+
+
 class Spans(NamedTuple):
-    """Lengths on the device, int32: cumulative starts [B + 1] and used lengths [B]."""
+    """Lengths on the device, int32: cumulative starts [B + 1] and used lengths [B]; where keys are paged, their
+    pages."""
 
     cu_q: torch.Tensor | None
     cu_k: torch.Tensor | None
     used_q: torch.Tensor | None
     used_k: torch.Tensor | None
+    paging: Paging | None = None
 
 
 class Sizes(NamedTuple):
@@ -99,7 +110,8 @@ class RowStats(NamedTuple):
 
 class Mode(NamedTuple):
     """Compile-time numbers: tile sizes, whether the bands bound keys on the left, alignment, precision of products,
-    whether offsets inside a tile need 64 bits, and whether several query heads share a key head."""
+    whether offsets inside a tile need 64 bits, whether several query heads share a key head, the page size, 0 where
+    keys are not paged, whether the value is the key's first columns, and then the tile width of its other columns."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -110,6 +122,9 @@ class Mode(NamedTuple):
     PRECISION: str
     WIDE: bool
     GROUPED: bool
+    PAGE: int = 0
+    SHARED: bool = False
+    REST: int = 0
 
 
 class Steps(NamedTuple):
@@ -138,6 +153,16 @@ class Rows(NamedTuple):
     batch: Any
     head: Any
     start: Any
+
+
+class PagedRows(NamedTuple):
+    """The rows of one segment in pages: a Strided [pages, head, row in the page, col], the segment's page numbers, how
+    many pages there are, and the head."""
+
+    x: Any
+    table: Any
+    pages: Any
+    head: Any
 
 
 class Queries(NamedTuple):

@@ -35,8 +35,8 @@ def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
     if problem.hardware.type != "cpu":
         yield f"it runs on CPU tensors, these are on {problem.hardware.type}"
-    if problem.page_size is not None:
-        yield "it has no paged keys and values yet"
+    if problem.page_size is not None and problem.direction == "backward":
+        yield "it has no backward through pages"
 
 
 def aten_why_not(problem: Problem) -> Iterator[str]:
@@ -92,6 +92,7 @@ def launch(
     """
     if config.path not in ("aten", "tiled") or config.rows < 1:
         raise ValueError(f"cpu's config needs path 'aten' or 'tiled' and rows >= 1, got {config}")
+    call = eager.unpaged(call)
     if config.path == "aten":
         reasons = "; ".join(aten_why_not(problem))
         if reasons:

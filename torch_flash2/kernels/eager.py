@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import scores
-from ..problem import Call, Gradients, Saved, parse_mask, segments
+from ..problem import Call, Gradients, Saved, output_like, parse_mask, segments
 
 
 class Segment(NamedTuple):
@@ -100,6 +100,18 @@ class Segment(NamedTuple):
             None if bias is None else self.pairs(bias),
             None if sinks is None else sinks[self.query_heads],
         )
+
+
+def unpaged(call: Call) -> Call:
+    """The call with keys and values [B, G, N, dim] in place of pages; a bad page number counts as the nearest."""
+    if call.block_table is None:
+        return call
+    pages = call.block_table.clamp(0, max(call.key.shape[0] - 1, 0)).long()
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[pages].flatten(1, 2).transpose(1, 2)
+
+    return call._replace(key=gather(call.key), value=gather(call.value), block_table=None, page_size=None)
 
 
 def split(call: Call, entries: int, heads: int) -> Iterator[Segment]:
@@ -404,9 +416,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The results of rows that see no key: out 0, laid out as B, M, H, Dv, and lse -inf."""
+    """The results of rows that see no key: out 0, laid out as `output_like` says, and lse -inf."""
     B, H, M, _ = call.query.shape
-    out = call.query.new_zeros(B, M, H, call.value.shape[3]).transpose(1, 2)
+    out = torch.empty_strided(*output_like(call), dtype=call.query.dtype, device=call.query.device).zero_()
     return out, call.query.new_full((B, H, M), -torch.inf, dtype=torch.float32)
 
 

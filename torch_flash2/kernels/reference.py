@@ -17,8 +17,8 @@ def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
     if problem.hardware.name.startswith("simulated"):
         yield "it runs on real tensors only"
-    if problem.page_size is not None:
-        yield "it has no paged keys and values yet"
+    if problem.page_size is not None and problem.direction == "backward":
+        yield "it has no backward through pages"
 
 
 def config(problem: Problem) -> None:
@@ -34,5 +34,6 @@ def launch(
     problem: Problem, config: None, call: Call, saved: Saved | None = None
 ) -> tuple[torch.Tensor, torch.Tensor] | Gradients:
     """Run it: out [B, H, M, Dv] in the query's dtype and lse fp32 [B, H, M], or Gradients."""
+    call = eager.unpaged(call)
     step = eager.Step(max(problem.batch, 1), problem.heads_kv, max(problem.seqlen_q, 1))
     return eager.forward(call, step) if saved is None else eager.backward(call, saved, step)

@@ -7,7 +7,7 @@ segment begins.
 import triton
 import triton.language as tl
 
-from ..bundles import Sizes
+from ..bundles import PagedRows, Sizes
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def tile_count(cu, B, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _find_segment(cu, B, tile, BLOCK: tl.constexpr):
+def find_segment(cu, B, tile, BLOCK: tl.constexpr):
     """The last segment b of 0 .. B whose first tile is not after `tile`, by bisection."""
     low = 0
     high = B
@@ -55,7 +55,7 @@ def locate(pid, cu, B, heads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.conste
     if cu is None:
         b = rest // heads
     else:
-        b = _find_segment(cu, B, tile, BLOCK)
+        b = find_segment(cu, B, tile, BLOCK)
         tile -= tl.load(cu + b) // BLOCK + b
     return tile, head, b
 
@@ -101,8 +101,79 @@ def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: 
         inside = (c < x.cols)[None, :]
         if CHECK:
             inside = (row + r < limit)[:, None] & inside
-        tile = tl.load(_base(rows, row) + offsets, mask=inside, other=0.0)
+        tile = tl.load(base_of(rows, row) + offsets, mask=inside, other=0.0)
     return tile
+
+
+@triton.jit
+def paged_rows(x, b, head, paging):
+    """The rows of segment b where keys are paged."""
+    table = paging.table + tl.cast(b, tl.int64) * ((paging.row - 3) // 2)
+    return PagedRows(x, table, (paging.pages - 3) // 2, head)
+
+
+@triton.jit
+def page_numbers(rows, row, limit, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """The pages of rows row .. row + BLOCK of a segment, 0 past limit: [BLOCK], or a scalar where all lie in one page
+    because row is a multiple of BLOCK. A bad number counts as the nearest. Nothing where PAGE is 0."""
+    if PAGE == 0:
+        return 0
+    else:
+        if PAGE % BLOCK == 0:
+            page = tl.load(rows.table + row // PAGE, mask=row < limit, other=0)
+        else:
+            r = row + tl.arange(0, BLOCK)
+            page = tl.load(rows.table + r // PAGE, mask=r < limit, other=0)
+        return tl.minimum(tl.maximum(page, 0), rows.pages - 1)
+
+
+@triton.jit
+def _paged(rows, pages, row, c, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """Pointers to columns c of rows row .. row + BLOCK of a segment in pages."""
+    x = rows.x
+    base = x.ptr + tl.cast(rows.head, tl.int64) * x.head
+    if PAGE % BLOCK == 0:
+        base += pages.to(tl.int64) * x.batch + tl.cast(row % PAGE, tl.int64) * x.row
+        return base + (tl.arange(0, BLOCK)[:, None] * x.row + c[None, :] * x.col)
+    else:
+        at = pages.to(tl.int64) * x.batch + (row + tl.arange(0, BLOCK)) % PAGE * x.row
+        return (base + at)[:, None] + c[None, :] * x.col
+
+
+@triton.jit
+def load_keys_of(
+    rows, pages, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As load_rows, of rows in the pages that `page_numbers` gave, always checked; or as load_rows where PAGE is 0."""
+    if PAGE > 0:
+        c = tl.arange(0, COLS)
+        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < rows.x.cols)[None, :]
+        return tl.load(_paged(rows, pages, row, c, BLOCK, PAGE), mask=inside, other=0.0)
+    else:
+        return load_rows(rows, row, limit, CHECK, BLOCK, COLS, WIDE)
+
+
+@triton.jit
+def load_keys(
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As load_rows, of rows in pages where PAGE is not 0."""
+    pages = page_numbers(rows, row, limit, BLOCK, PAGE)
+    return load_keys_of(rows, pages, row, limit, CHECK, BLOCK, COLS, PAGE, WIDE)
+
+
+@triton.jit
+def load_key_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr):
+    """As load_columns, of rows in pages where PAGE is not 0."""
+    if PAGE > 0:
+        c = column + tl.arange(0, COLS)
+        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < rows.x.cols)[None, :]
+        pages = page_numbers(rows, row, limit, BLOCK, PAGE)
+        return tl.load(_paged(rows, pages, row, c, BLOCK, PAGE), mask=inside, other=0.0)
+    else:
+        return load_columns(rows, row, limit, column, BLOCK, COLS)
 
 
 @triton.jit
@@ -113,7 +184,7 @@ def store_rows(rows, row, limit, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
     c = tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
     tl.store(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
+        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
         tile.to(x.ptr.dtype.element_ty),
         mask=inside,
     )
@@ -127,8 +198,14 @@ def load_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constex
     c = column + tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
     return tl.load(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
+        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
     )
+
+
+@triton.jit
+def row_pointers(rows, row, BLOCK: tl.constexpr):
+    """Pointers [BLOCK] to rows row .. row + BLOCK of a segment."""
+    return base_of(rows, row) + tl.arange(0, BLOCK).to(tl.int64) * rows.x.row
 
 
 @triton.jit
@@ -139,14 +216,14 @@ def store_columns(rows, row, limit, column, tile, BLOCK: tl.constexpr, COLS: tl.
     c = column + tl.arange(0, COLS)
     inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
     tl.store(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
+        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
         tile.to(x.ptr.dtype.element_ty),
         mask=inside,
     )
 
 
 @triton.jit
-def _base(rows, row):
+def base_of(rows, row):
     """Pointer to a row of a segment, in 64 bits."""
     x = rows.x
     at = tl.cast(rows.start + row, tl.int64) * x.row

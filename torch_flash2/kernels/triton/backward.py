@@ -18,7 +18,7 @@ import triton.language as tl
 from ...problem import Call, Gradients, Problem, Saved
 from ..bundles import Dropout, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
 from ..device import bands, philox, scores, tiles
-from . import bias_gradient, launching, tables
+from . import bias_gradient, launching, recording, tables
 from .common import load_stats, query_tile, score_gradient, visible_keys
 from .tables import BackwardConfig
 
@@ -296,6 +296,8 @@ def backward_queries(
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
     yield from launching.why_not(problem)
+    if problem.page_size is not None:
+        yield "it has no backward through pages"
     wide = max(problem.head_dim, problem.head_dim_v) > 256 and problem.dtype == torch.float32
     if problem.hardware.type == "cuda" and wide and problem.hardware.shared_memory < WIDE_FP32_BYTES:
         yield (
@@ -351,6 +353,13 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
         sink = torch.exp(call.sinks.to(torch.float32)[None, :, None] - lse)
         found.sinks.copy_(-torch.where(lse == -torch.inf, 0.0, sink * delta).sum((0, 2)))
     return found
+
+
+def record(
+    problem: Problem, config: BackwardConfig, call: Call, saved: Saved
+) -> tuple[Gradients, recording.Recording | None]:
+    """Run it, and record it for calls alike."""
+    return recording.record(launch, problem, config, call, saved)
 
 
 def _launch_stats(

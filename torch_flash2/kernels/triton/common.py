@@ -7,18 +7,84 @@ import triton
 import triton.language as tl
 
 from ..bundles import Place, Tile
-from ..device import bands, scores, tiles
+from ..device import bands, philox, scores, tiles
 
 
 @triton.jit
 def tile_scores(q, k, n, tile, head, MODE: tl.constexpr, STEPS: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N] of keys n: raw products where there are no steps, else after scale and steps."""
-    s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
+    return run_steps(tl.dot(q, k.T, input_precision=MODE.PRECISION), n, tile, head, STEPS)
+
+
+@triton.jit
+def run_steps(s, n, tile, head, STEPS: tl.constexpr):
+    """Scores of keys n from raw products s, as `tile_scores` gives them."""
     if len(STEPS.VALUE) > 0:
         m = tile.at[:, None]
         inside = (m < tile.M) & (n < tile.N)[None, :]
         s = scores.apply(s * head.scale, head.steps, m, n[None, :], m + tile.shift - n[None, :], inside, STEPS)
     return s
+
+
+@triton.jit
+def load_and_score(
+    q, q_rest, keys, keys_rest, pages, n0, tile, head, MODE: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
+    """The tile of keys from n0 on and its scores; q_rest and keys_rest are None but for MODE.REST columns more."""
+    k = tiles.load_keys_of(keys, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PAGE, MODE.WIDE)
+    if MODE.REST > 0:
+        BLOCK_M: tl.constexpr = MODE.BLOCK_M
+        BLOCK_N: tl.constexpr = MODE.BLOCK_N
+        rest = tiles.load_keys_of(keys_rest, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.REST, MODE.PAGE, MODE.WIDE)
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # Always so. Of a product that another product follows, Triton has each warp group compute all rows; one in a
+        # branch it divides among them.
+        if n0 < tile.N:
+            s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
+        s = tl.dot(q_rest, rest.T, s, input_precision=MODE.PRECISION)
+    else:
+        s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
+    return k, run_steps(s, n0 + tl.arange(0, MODE.BLOCK_N), tile, head, STEPS)
+
+
+@triton.jit
+def attend_carefully(
+    out, stored, lse2, q, q_rest, keys, keys_rest, values, tile, start, stop, head, inverse_keep,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The output again, given the lse in log2 units, where some value of keys start .. stop is NaN or infinite.
+
+    A masked score has weight 0, and 0 * NaN is NaN: values are made finite here, and an element is NaN only where its
+    row sees one that was not. Sixteen columns at a time, because registers that this path needs would be spilled in the
+    main loops. `out` are pointers [BLOCK_M] to rows, of which those are `stored`, and their column stride.
+    """
+    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    # Other threads stored these elements first: without a barrier theirs may land last (seen on an H200, 2026-11-21).
+    tl.debug_barrier()
+    lse2 = tl.where(lse2 == -float("inf"), float("inf"), lse2)
+    pointers = out[0]
+    cols = values.x.cols
+    for column in tl.range(0, cols, 16, num_stages=1):
+        acc = tl.zeros([BLOCK_M, 16], tl.float32)
+        taint = tl.zeros([BLOCK_M, 16], tl.float32)
+        for n0 in tl.range(start, stop, MODE.BLOCK_N, num_stages=1):
+            pages = tiles.page_numbers(keys, n0, tile.N, MODE.BLOCK_N, MODE.PAGE)
+            k, s = load_and_score(q, q_rest, keys, keys_rest, pages, n0, tile, head, MODE, STEPS)
+            visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
+            p = tl.exp2(tl.where(visible, s, -float("inf")) * head.scale2 - lse2[:, None])
+            if head.dropout is not None:
+                p = tl.where(
+                    philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0
+                )
+            v, bad = tiles.finite(tiles.load_key_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16, MODE.PAGE))
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
+            taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
+        c = column + tl.arange(0, 16)
+        tl.store(
+            pointers[:, None] + c.to(tl.int64)[None, :] * out[1],
+            tl.where(taint > 0, float("nan"), acc).to(pointers.dtype.element_ty),
+            mask=stored[:, None] & (c < cols)[None, :],
+        )
 
 
 @triton.jit

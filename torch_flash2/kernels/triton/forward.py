@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...problem import Call, Problem
+from ...problem import Call, Problem, key_value, stored_keys
 from ..bundles import Dropout, Head, Rows, Strided
 from ..device import bands, philox, scores, tiles
-from . import launching, tables
-from .common import query_tile, tile_scores, visible_keys
+from . import launching, recording, tables
+from .common import attend_carefully, query_tile, tile_scores, visible_keys
 from .tables import Config
 
 
@@ -40,7 +40,7 @@ def _attend(
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
         n = n0 + tl.arange(0, MODE.BLOCK_N)
-        k = tiles.load_rows(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+        k = tiles.load_keys(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PAGE, MODE.WIDE)
         s = tile_scores(q, k, n, tile, head, MODE, STEPS)
         if MASKED:
             s = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), s, -float("inf"))
@@ -56,40 +56,9 @@ def _attend(
         row_max = new_max
         if head.dropout is not None:
             p = tl.where(philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p, 0.0)
-        v = tiles.load_rows(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.WIDE)
+        v = tiles.load_keys(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PAGE, MODE.WIDE)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
     return acc, row_max, row_sum
-
-
-@triton.jit
-def _attend_carefully(
-    out, lse, q, keys, values, place, tile, span, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr
-):
-    """The output again, given the lse, where some value is NaN or infinite.
-
-    A masked score has weight 0, and 0 * NaN is NaN: values are made finite here, and an element is NaN only where its
-    row sees one that was not. Sixteen columns at a time, because registers that this path needs would be spilled in the
-    main loops.
-    """
-    BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    lse2 = tl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
-    for column in tl.range(0, out.x.cols, 16, num_stages=1):
-        acc = tl.zeros([BLOCK_M, 16], tl.float32)
-        taint = tl.zeros([BLOCK_M, 16], tl.float32)
-        for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
-            n = n0 + tl.arange(0, MODE.BLOCK_N)
-            k = tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
-            visible = visible_keys(tile, n, head.dense, MODE.LEFT)
-            s = tl.where(visible, tile_scores(q, k, n, tile, head, MODE, STEPS), -float("inf"))
-            p = tl.exp2(s * head.scale2 - lse2[:, None])
-            if head.dropout is not None:
-                p = tl.where(
-                    philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0
-                )
-            v, bad = tiles.finite(tiles.load_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16))
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
-            taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
-        tiles.store_columns(out, place.row, tile.M, column, tl.where(taint > 0, float("nan"), acc), BLOCK_M, 16)
 
 
 @triton.jit
@@ -100,8 +69,12 @@ def attention_forward(
     """One tile of query rows of one head: out [BLOCK_M, Dv] and lse [BLOCK_M]."""
     sizes = tiles.sizes_of(coded_sizes)
     h, b, place, tile, span = query_tile(tl.program_id(0), spans, sizes, rules, MODE, STEPS)
-    keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
-    values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
+    if MODE.PAGE > 0:
+        keys = tiles.paged_rows(k, place.batch_k, h // sizes.group, spans.paging)
+        values = tiles.paged_rows(v, place.batch_k, h // sizes.group, spans.paging)
+    else:
+        keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
+        values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
     segment = tl.minimum(b, sizes.B - 1)
     steps = scores.prepare(operands.steps, segment, h, place.start_q, place.start_k, STEPS)
     scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
@@ -147,10 +120,14 @@ def attention_forward(
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
         # NaN here may come from a value that no row of the tile sees.
         if tl.max((acc != acc).to(tl.int32)) > 0:
-            plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
-            _attend_carefully(
-                out_rows, lse, q_tile, keys, plain, place, tile, span, head, scoring.inverse_keep, MODE, STEPS
-            )
+            if MODE.PAGE > 0:
+                plain = values
+            else:
+                plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
+            attend_carefully(
+                (tiles.row_pointers(out_rows, place.row, BLOCK_M), out.col), tile.at < tile.M, lse * scores.LOG2E,
+                q_tile, None, keys, None, plain, tile, span.start, span.stop, head, scoring.inverse_keep, MODE, STEPS,
+            )  # fmt: skip
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -171,14 +148,17 @@ def candidates(problem: Problem) -> Iterator[Config]:
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Run it: out [B, H, M, Dv] in the query's dtype, laid out as B, M, H, Dv; lse fp32 [B, H, M]."""
     out, lse = launching.outputs(call)
-    if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
+    if problem.batch == 0 or 0 in call.query.shape or stored_keys(call) == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     mode = launching.mode(problem, config)
+    key, value = key_value(call)
+    if mode.PAGE:
+        config = config._replace(tma=False)
     arguments = (
         Strided.of(call.query),
-        launching.load(config, call.key, config.BLOCK_N, mode.BLOCK_D),
-        launching.load(config, call.value, config.BLOCK_N, mode.BLOCK_DV),
-        Strided.of(call.value),
+        launching.load(config, key, config.BLOCK_N, mode.BLOCK_D),
+        launching.load(config, value, config.BLOCK_N, mode.BLOCK_DV),
+        Strided.of(value),
         Strided.of(out),
         lse,
         *launching.bundle(problem, call),
@@ -188,3 +168,10 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     programs = launching.programs(call.cu_q, problem.batch, problem.heads, problem.seqlen_q, config.BLOCK_M)
     launching.launch(attention_forward, programs, call.query.device, arguments, **config.options)
     return out, lse
+
+
+def record(
+    problem: Problem, config: Config, call: Call
+) -> tuple[tuple[torch.Tensor, torch.Tensor], recording.Recording | None]:
+    """Run it, and record it for calls alike."""
+    return recording.record(launch, problem, config, call)

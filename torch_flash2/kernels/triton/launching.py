@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import problem as problem_module
 from ... import scores as score_steps
 from ...problem import Call, Problem
-from ..bundles import Mode, Operands, Rules, Scoring, Sizes, Spans, Steps, Strided, coded
+from ..bundles import Mode, Operands, Paging, Rules, Scoring, Sizes, Spans, Steps, Strided, coded
 from ..device import bands as device_bands
 from ..device import scores as device_scores
 from .tables import Config, block_dim
@@ -43,25 +43,34 @@ def instead(handler: Callable[..., Any]) -> Iterator[None]:
         _instead.reset(token)
 
 
+def handler() -> Callable[..., Any] | None:
+    """What launches are handed to here, if anything."""
+    return _instead.get()
+
+
 def launch(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], **options: Any) -> None:
     """Launch programs of a kernel on a device, which need not be the current one; nothing where there are none."""
-    handler = _instead.get()
-    if handler is not None:
-        handler(kernel, (programs,), arguments, options)
+    handle = _instead.get()
+    if handle is not None:
+        handle(kernel, (programs,), arguments, options)
     elif programs > 0:
-        try:
-            _run(kernel, programs, device, arguments, options)
-        except OSError as error:
-            _move_cache(error)
-            _run(kernel, programs, device, arguments, options)
+        run(kernel, programs, device, arguments, options)
 
 
-def _run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch, whatever `instead` says; returns Triton's compiled kernel."""
+    try:
+        return _run(kernel, programs, device, arguments, options)
+    except OSError as error:
+        _move_cache(error)
+        return _run(kernel, programs, device, arguments, options)
+
+
+def _run(kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **options)
-    else:
-        kernel[(programs,)](*arguments, **options)
+            return kernel[(programs,)](*arguments, **options)
+    return kernel[(programs,)](*arguments, **options)
 
 
 @functools.cache
@@ -79,6 +88,26 @@ def _move_cache(error: OSError) -> None:
         stacklevel=2,
     )
     triton.knobs.cache.dir = _temporary_cache()
+
+
+_zeros: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def zeros(device: torch.device, size: int) -> torch.Tensor:
+    """At least `size` int32 zeros for a kernel that leaves them as zeros: those of the current stream, since its
+    launches follow one another; under capture the graph's own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    found = _zeros.get(key)
+    if found is None or found.numel() < size:
+        found = _zeros[key] = torch.zeros(triton.next_power_of_2(size), dtype=torch.int32, device=device)
+    return found
+
+
+def are_zeros(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what `zeros` gave."""
+    return any(tensor is known for known in _zeros.values())
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -99,17 +128,15 @@ def why_not(problem: Problem) -> Iterator[str]:
         yield "it has no float64"
     if max(problem.head_dim, problem.head_dim_v) > 512:
         yield f"it has head dims up to 512, got {problem.head_dim} and {problem.head_dim_v}"
-    if problem.page_size is not None:
-        yield "it has no paged keys and values yet"
     if problem.batch * problem.heads * (max(problem.seqlen_q, problem.seqlen_k) // 16 + 1) >= 2**31:
         yield "the call has more tiles than a grid has programs"
 
 
 def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty out and lse of a call."""
-    B, H, M, _ = call.query.shape
-    out = call.query.new_empty(B, M, H, call.value.shape[3]).transpose(1, 2)
-    return out, call.query.new_empty(B, H, M, dtype=torch.float32)
+    query = call.query
+    out = torch.empty_strided(*problem_module.output_like(call), dtype=query.dtype, device=query.device)
+    return out, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
 
 
 def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
@@ -136,6 +163,7 @@ def mode(problem: Problem, config: Config) -> Mode:
         problem.precision if problem.dtype == torch.float32 else "ieee",
         problem.wide,
         problem.group > 1,
+        problem.page_size or 0,
     )
 
 
@@ -178,10 +206,13 @@ def bundle(problem: Problem, call: Call) -> tuple[Spans, Sizes, Rules, Scoring, 
         "alibi": None if call.alibi is None else Strided.of(call.alibi),
         "bias": None if call.bias is None else Strided.of(call.bias),
     }
+    paging = None
+    if call.block_table is not None:
+        paging = Paging(call.block_table, coded(call.block_table.stride(0)), coded(call.key.shape[0]))
     threshold = score_steps.keep_threshold(call.dropout_p)
     return (
-        Spans(call.cu_q, call.cu_k, call.used_q, call.used_k),
-        Sizes.coded(problem.batch, problem.heads, problem.group, call.query.shape[2], call.key.shape[2]),
+        Spans(call.cu_q, call.cu_k, call.used_q, call.used_k, paging),
+        Sizes.coded(problem.batch, problem.heads, problem.group, call.query.shape[2], problem_module.stored_keys(call)),
         Rules(
             tuple(tuple(map(coded, band.numbers)) for band in problem.mask.bands),
             None if call.dense is None else Strided.of(call.dense),

@@ -1,0 +1,264 @@
+"""The short way from a call to its kernels: the same results as the op's, and recordings that do what a launch did.
+
+B batch, H query heads, M query rows, N keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torch_flash2
+from torch_flash2 import attention, direct, dispatch, hardware, masks, problem
+from torch_flash2.problem import Call, Saved
+
+
+def call_of(D: int = 64, mask: str = "causal", dtype: torch.dtype = torch.float16, **tensors: Any) -> Call:
+    """A call on the CPU; a new one of the same signature each time."""
+    bands = masks.parse(mask)
+    query, key, value = (torch.randn(2, heads, 96, D).to(dtype) for heads in (4, 2, 2))
+    fields: dict[str, Any] = dict.fromkeys(Call._fields)
+    fields.update(query=query, key=key, value=value, mask=bands.template, mask_numbers=bands.numbers)
+    fields.update(scale=0.1, dropout_p=0.0, deterministic=False, **tensors)
+    return Call(**fields)
+
+
+class Modes(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_same_as_the_op() -> None:
+    inputs = [torch.randn(2, 4, 33, 16, requires_grad=True) for _ in range(3)]
+    bias, sinks = torch.randn(33, 33, requires_grad=True), torch.randn(4, requires_grad=True)
+    for extra in ({}, {"dropout_p": 0.3}, {"bias": bias, "sinks": sinks}):
+        leaves = [*inputs, *(tensor for tensor in extra.values() if isinstance(tensor, torch.Tensor))]
+        found = []
+        for mode in (False, True, False):
+            torch.manual_seed(0)
+            with Modes() if mode else mock.patch.object(direct, "MOST_ROUTES", 1):
+                out, lse = attention(*inputs, "causal & window(9, 0)", return_lse=True, **extra)
+            found.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)])
+        for results in zip(*found, strict=True):
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_only_unwatched_calls_go_direct() -> None:
+    inputs = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    with mock.patch.object(direct.Route, "forward", side_effect=AssertionError("direct")):
+        with pytest.raises(AssertionError, match="direct"):
+            attention(*inputs)
+        with Modes() as mode:
+            attention(*inputs)
+        assert mode.names.count("forward") == 1
+        assert torch.vmap(lambda q: attention(q, *inputs[1:]))(torch.stack([inputs[0]] * 2)).shape[0] == 2
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attention(*inputs).dtype == torch.bfloat16
+
+
+def test_signatures_tell_apart_what_matters() -> None:
+    tensor = torch.randn(64, 64)
+    others = [tensor.t(), tensor[:32], tensor.double(), tensor.flatten(), torch.empty(64 * 65)[1:4097].view(64, 64)]
+    signatures = {direct.signature((other,)) for other in (tensor, *others)}
+    assert len(signatures) == 6 and direct.signature((tensor + 1,)) == direct.signature((tensor,))
+
+
+def test_a_route_follows_the_settings_of_the_call() -> None:
+    query = torch.randn(1, 2, 5, 8)
+    attention(query, query, query)
+    with torch_flash2.force("reference"), Modes():
+        wanted = attention(query, query, query)
+    reference = dispatch.kernel("reference", "forward")
+    with torch_flash2.force("reference"), mock.patch.object(reference, "launch", wraps=reference.launch) as launch:
+        assert torch.equal(attention(query, query, query), wanted)
+    assert launch.call_count == 1
+
+
+# Recordings, with a compiled kernel that writes down what it is given.
+
+
+class Compiled:
+    """Stands for what Triton compiled."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, log: list[Any], kernel: Any):
+        self.log, self.kernel = log, kernel
+
+    def run(self, *arguments: Any) -> None:
+        programs, one, also_one, _, function, metadata, *hooks = arguments[:9]
+        assert (one, also_one, function, metadata, hooks) == (1, 1, "function", "metadata", [None] * 3)
+        self.log.append((self.kernel, programs, arguments[9:]))
+
+
+@pytest.fixture
+def log() -> Iterator[list[Any]]:
+    """Every launch: kernel, programs, arguments."""
+    pytest.importorskip("triton")
+    from torch_flash2.kernels.triton import launching
+
+    found: list[Any] = []
+
+    def run(kernel: Any, programs: int, device: Any, arguments: Any, options: Any) -> Any:
+        found.append((kernel, programs, arguments))
+        return Compiled(found, kernel)
+
+    with mock.patch.object(launching, "_run", run):
+        yield found
+
+
+def plain(value: Any, names: dict[int, str]) -> Any:
+    """An argument with its pointers by what they point to."""
+    if isinstance(value, torch.Tensor):
+        return names.get(value.data_ptr(), "buffer")
+    if type(value).__name__ == "TensorDescriptor":
+        return [plain(value.base, names), value.shape, value.strides, value.block_shape, value.padding]
+    if isinstance(value, tuple):
+        return [plain(item, names) for item in value]
+    if isinstance(value, int) and value > 2**32:
+        return names.get(value, "buffer")
+    return value
+
+
+def posed(call: Call, direction: str, arch: str) -> tuple[Any, problem.Problem, Any]:
+    found = problem.of(call, direction, needs_grad=direction == "backward", bias_grad=call.bias is not None)
+    found = dataclasses.replace(found, hardware=hardware.simulated(arch))
+    module = dispatch.kernel("triton", direction)
+    return module, found, module.config(found)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"mask": "window(9, 0) @ bottom-right", "D": 128},
+    "fp32": {"dtype": torch.float32, "D": 40},
+    "bias": {"bias": torch.randn(4, 96, 96).half()},
+    "dense": {"dense": torch.rand(96, 96) > 0.5},
+    "packed": {"used_k": torch.tensor([96, 40], dtype=torch.int32), "mask": "causal @ top-left"},
+}
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("name", CALLS)
+def test_recordings_do_what_launches_did(name: str, arch: str, log: list[Any]) -> None:
+    first, second = call_of(**CALLS[name]), call_of(**CALLS[name])
+    for direction in ("forward", "backward"):
+        saved: list[Any] = [[], []]
+        if direction == "backward":
+            wanted = (True, True, True, first.bias is not None, False)
+            for index, call in enumerate((first, second)):
+                out = torch.empty_like(call.query)
+                saved[index] = [Saved(out, torch.randn(2, 4, 96), torch.randn_like(out), None, wanted)]
+        module, found, config = posed(first, direction, arch)
+        _, recording = module.record(found, config, first, *saved[0])
+        log.clear()
+        results = module.launch(found, config, second, *saved[1])
+        direct_log = log.copy()
+        log.clear()
+        assert recording is not None and recording.usable()
+        inputs = (*second[: direct.TENSORS], *(saved[1][0][:4] if saved[1] else ()))
+        again = recording(inputs)
+        assert type(again) is type(results) and len(log) == len(direct_log) > 0
+        names = {t.data_ptr(): f"input {i}" for i, t in enumerate(inputs) if t is not None}
+        for one, other in zip(results, again, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        mine, theirs = (
+            {**names, **{t.data_ptr(): f"result {i}" for i, t in enumerate(made) if t is not None}}
+            for made in (again, results)
+        )
+        for (kernel, programs, arguments), (kernel2, programs2, arguments2) in zip(log, direct_log, strict=True):
+            assert kernel is kernel2 and programs == programs2
+            assert plain(arguments, mine) == plain(arguments2, theirs)
+
+
+def test_buffers_keep_their_distances(log: list[Any]) -> None:
+    call = call_of()
+    out = torch.empty_like(call.query)
+    saved = Saved(out, torch.randn(2, 4, 96), out, None, (True, True, True, False, False))
+    module, found, config = posed(call, "backward", "sm80")
+    _, recording = module.record(found, config, call, saved)
+    log.clear()
+    recording((*call[: direct.TENSORS], *saved[:4]))
+    stats = {tuple(arguments[4][:2]) for kernel, _, arguments in log if kernel.fn.__name__ == "backward_keys"}
+    ((lse2, delta),) = stats
+    assert delta - lse2 == 2 * 4 * 256 * 4
+
+
+def test_what_is_computed_outside_kernels_is_not_recorded(log: list[Any]) -> None:
+    call = call_of(sinks=torch.randn(4))
+    out = torch.empty_like(call.query)
+    saved = Saved(out, torch.randn(2, 4, 96), out, None, (True, True, True, False, True))
+    module, found, config = posed(call, "backward", "sm80")
+    gradients, recording = module.record(found, config, call, saved)
+    assert recording is None and gradients.sinks is not None
+    empty = call_of()._replace(query=torch.empty(2, 4, 0, 64, dtype=torch.float16))
+    module, found, config = posed(empty, "forward", "sm80")
+    assert module.record(found, config, empty)[1] is None
+
+
+def test_recordings_stand_back_for_hooks(log: list[Any]) -> None:
+    import triton
+
+    from torch_flash2.kernels.triton import launching
+
+    call = call_of()
+    module, found, config = posed(call, "forward", "sm80")
+    _, recording = module.record(found, config, call)
+    with launching.instead(lambda *arguments: None):
+        assert not recording.usable()
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(print)
+    try:
+        assert not recording.usable()
+    finally:
+        hooks.remove(print)
+    assert recording.usable()
+
+
+def test_recordings_keep_no_tensors(log: list[Any]) -> None:
+    for direction in ("forward", "backward"):
+        call = call_of(bias=torch.randn(4, 96, 96).half(), dense=torch.rand(96, 96) > 0.5)
+        saved: list[Saved] = []
+        if direction == "backward":
+            out = torch.empty_like(call.query)
+            saved = [Saved(out, torch.randn(2, 4, 96), torch.randn_like(out), None, (True, True, True, True, False))]
+            del out
+        module, found, config = posed(call, direction, "sm90")
+        results, recording = module.record(found, config, call, *saved)
+        alive = [weakref.ref(t) for t in (*call, *results, *(saved[0] if saved else ())) if isinstance(t, torch.Tensor)]
+        assert recording is not None and len(alive) >= 7
+        del call, results, saved
+        log.clear()
+        gc.collect()
+        assert not [reference for reference in alive if reference() is not None]
+
+
+@pytest.mark.parametrize("argument", [torch.zeros(8), object()])
+def test_what_is_older_than_the_launch_is_not_recorded(argument: Any, log: list[Any]) -> None:
+    from torch_flash2.kernels.triton import forward, launching, recording
+
+    call = call_of()
+    _, found, config = posed(call, "forward", "sm80")
+
+    def launch(problem: Any, config: Any, call: Call) -> Any:
+        results = launching.outputs(call)
+        launching.launch(forward.attention_forward, 1, call.query.device, (call.query, argument, *results))
+        return results
+
+    assert recording.record(launch, found, config, call)[1] is None

@@ -1,0 +1,286 @@
+"""Switching on and off: reference counts, the entry point, other processes, PyTorch's caches and logs."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sdpa_calls
+import torch
+
+import torch_flash2
+from torch_flash2 import autoload
+from torch_flash2.frontends import sdpa
+from torch_flash2.stock import Sdpa
+
+ROOT = Path(__file__).parents[1]
+sdp = torch.nn.functional.scaled_dot_product_attention
+QUERY = torch.randn(1, 2, 5, 8)
+
+
+@pytest.fixture(autouse=True)
+def off() -> None:
+    sdpa_calls.forget_compiled()
+    assert sdpa.is_enabled() is None
+    torch_flash2.stats(reset=True)
+
+
+def calls() -> int:
+    """How many calls came by since the last time."""
+    sdp(QUERY, QUERY, QUERY)
+    return sum(torch_flash2.stats(reset=True).values())
+
+
+def test_reference_counts() -> None:
+    assert calls() == 0
+    torch_flash2.enable("always", device_type="cpu")
+    torch_flash2.enable("strict", device_type="cpu")
+    assert calls() == 1 and sdpa.is_enabled() == "strict"
+    torch_flash2.disable()
+    assert calls() == 1 and sdpa.is_enabled() == "always"
+    torch_flash2.disable()
+    assert calls() == 0
+    torch_flash2.disable()
+    with torch_flash2.enabled("always", device_type="cpu"):
+        assert calls() == 1
+        with pytest.raises(ZeroDivisionError), torch_flash2.enabled("fastest", device_type="cpu"):
+            assert sdpa.is_enabled() == "fastest"
+            raise ZeroDivisionError
+        assert sdpa.is_enabled() == "always"
+    assert calls() == 0
+
+
+def test_blocks_may_end_in_any_order() -> None:
+    first, second = (torch_flash2.enabled(policy, device_type="cpu") for policy in ("always", "strict"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sdpa.is_enabled() == "strict"
+    second.__exit__(None, None, None)
+    assert sdpa.is_enabled() is None
+
+
+def test_it_holds_for_every_thread() -> None:
+    found: list[int] = []
+    with torch_flash2.enabled("always", device_type="cpu"):
+        thread = threading.Thread(target=lambda: found.append(calls()))
+        thread.start()
+        thread.join()
+    assert found == [1]
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"policy must be one of fastest, always, strict; got 'fast'"):
+        torch_flash2.enable("fast")
+    with pytest.raises(ValueError, match=r"device_type must be 'cuda' or 'cpu', got 'tpu'"):
+        torch_flash2.enable(device_type="tpu")
+    with torch_flash2.enabled(device_type="cpu"):
+        with pytest.raises(RuntimeError, match="enabled for cpu already"):
+            torch_flash2.enable(device_type="cuda")
+    assert sdpa.is_enabled() is None
+
+
+def test_fastest_leaves_what_was_not_measured() -> None:
+    with torch_flash2.enabled("fastest", device_type="cpu"):
+        sdp(QUERY, QUERY, QUERY)
+        sdp(QUERY, QUERY, QUERY, torch.zeros(5, 5, requires_grad=True))
+        sdp(QUERY, QUERY, QUERY, dropout_p=0.5)
+    assert torch_flash2.stats() == {
+        "stock, slower: not measured on CPU, and PyTorch would choose FLASH_ATTENTION, which is fast": 1,
+        "cpu": 2,
+    }
+
+
+@pytest.mark.filterwarnings("default")
+def test_enabling_after_compiling_warns() -> None:
+    compiled = torch.compile(lambda query: sdp(query, query, query) + 1, backend="aot_eager", fullgraph=True)
+    compiled(QUERY)
+    with pytest.warns(UserWarning, match=r"torch\._dynamo\.reset\(\) makes them compile anew"):
+        torch_flash2.enable("always", device_type="cpu")
+    try:
+        torch_flash2.enable("always", device_type="cpu")
+        torch_flash2.disable()
+        compiled(QUERY)
+        assert calls() == 1
+        torch._dynamo.reset()
+        compiled(QUERY)
+        assert "traced: cpu" in torch_flash2.stats()
+    finally:
+        torch_flash2.disable()
+
+
+def test_the_key_of_caches_says_what_is_enabled() -> None:
+    config: Any = torch.compiler.config
+    before = config.cache_key_tag
+    tags = set()
+    for policy in ("always", "fastest"):
+        with torch_flash2.enabled(policy, device_type="cpu"):
+            tags.add(config.cache_key_tag)
+            assert config.cache_key_tag.startswith(f"{before};torch_flash2=")
+    assert config.cache_key_tag == before and len(tags) == 2
+
+
+# In processes of their own, where the package is installed as pip would.
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what setup.py installs beside the package itself: the autoload module and its entry point."""
+    keywords = next(
+        node.keywords
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+    )
+    declared = {word.arg: word.value for word in keywords}
+    (points,) = ast.literal_eval(declared["entry_points"])["torch.backends"]
+    (source,) = ast.literal_eval(declared["package_dir"]).values()
+    folder = tmp_path_factory.mktemp("site")
+    package = folder / points.partition("=")[2].partition(":")[0].strip()
+    package.mkdir()
+    (package / "__init__.py").write_text((ROOT / source / "__init__.py").read_text())
+    info = folder / "torch_flash2-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_flash2\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[torch.backends]\n{points}\n")
+    return folder
+
+
+def run(installed: Path, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process; -W error is for Python, further arguments are the code's."""
+    options = list(itertools.takewhile(lambda argument: argument in ("-W", "error"), arguments))
+    rest = arguments[len(options) :]
+    env = {**os.environ, "PYTHONPATH": f"{installed}:{ROOT}", **environment}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code, *rest],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=installed,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+CALL = """
+query = torch.randn(1, 2, 5, 8)
+torch.nn.functional.scaled_dot_product_attention(query, query, query)
+"""
+CUDA_BUILD = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="the variable means CUDA calls in this build")
+
+
+@CUDA_BUILD
+@pytest.mark.parametrize("imports", ["import torch", "import torch_flash2, torch"])
+def test_the_variable_alone_enables(installed: Path, imports: str) -> None:
+    run(
+        installed,
+        f"import sys\n{imports}\n{CALL}\nassert sys.modules['torch_flash2'].stats() == {{'cpu': 1}}",
+        "-W", "error",
+        TORCH_FLASH2="always",
+    )  # fmt: skip
+
+
+def test_without_the_variable_nothing_is_loaded(installed: Path) -> None:
+    run(
+        installed,
+        "import sys, time, torch\n"
+        "assert 'torch_flash2_autoload' in sys.modules and 'torch_flash2' not in sys.modules\n"
+        "del sys.modules['torch_flash2_autoload']\n"
+        "costs = []\n"
+        "for _ in range(5):\n"
+        "    start = time.perf_counter()\n"
+        "    import torch_flash2_autoload\n"
+        "    torch_flash2_autoload.autoload()\n"
+        "    costs.append(time.perf_counter() - start)\n"
+        "    del sys.modules['torch_flash2_autoload']\n"
+        "assert min(costs) < 1e-3, costs\n"
+        "import torch_flash2\n"
+        "assert torch_flash2.frontends.sdpa.is_enabled() is None\n",
+        "-W", "error",
+        TORCH_FLASH2="off",
+    )  # fmt: skip
+
+
+@CUDA_BUILD
+def test_without_triton(installed: Path) -> None:
+    code = "import sys\nsys.modules['triton'] = None\nimport torch\n" + CALL
+    run(installed, code + "assert sys.modules['torch_flash2'].stats() == {'cpu': 1}", TORCH_FLASH2="strict")
+
+
+def test_it_never_raises(installed: Path) -> None:
+    code = "import sys, torch\nprint(torch.__version__)\n"
+    done = run(installed, code, "-W", "error", TORCH_FLASH2="banana")
+    assert "TORCH_FLASH2 must be one of fastest, always, strict" in done.stderr
+    hidden = "import sys\nsys.modules['torch_flash2'] = None\n" + code
+    done = run(installed, hidden, TORCH_FLASH2="1")
+    assert "could not be enabled: ModuleNotFoundError" in done.stderr
+
+
+def test_complaints_are_warnings() -> None:
+    with pytest.warns(UserWarning, match="could not be enabled: ValueError: why"):
+        autoload.complain(ValueError("why"))
+
+
+@CUDA_BUILD
+def test_inductors_workers(installed: Path) -> None:
+    run(
+        installed,
+        "import torch\n"
+        "from torch._inductor.compile_worker.subproc_pool import SubprocPool\n"
+        "from torch_flash2.frontends.sdpa import is_enabled\n"
+        "if __name__ == '__main__':\n"
+        "    pool = SubprocPool(1)\n"
+        "    assert pool.submit(is_enabled).result(timeout=120) == 'always'\n"
+        "    pool.shutdown()\n",
+        TORCH_FLASH2="always",
+    )
+
+
+def test_processes_with_and_without_share_no_graphs(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from torch._dynamo.utils import counters\n"
+        "if len(sys.argv) > 1:\n"
+        "    import torch_flash2\n"
+        "    torch_flash2.enable(device_type='cpu', policy=sys.argv[1])\n"
+        "sdp = torch.nn.functional.scaled_dot_product_attention\n"
+        "run = torch.compile(lambda query: sdp(query, query, query, is_causal=True), fullgraph=True)\n"
+        "query = torch.randn(1, 2, 5, 8, requires_grad=True)\n"
+        "run(query).sum().backward()\n"
+        "assert query.grad.isfinite().all()\n"
+        "hits = counters['aot_autograd']['autograd_cache_hit']\n"
+        "package = sys.modules.get('torch_flash2')\n"
+        "print(hits, package is not None and any('traced' in label for label in package.stats()))\n"
+    )
+
+    def printed(*policy: str) -> list[str]:
+        return run(installed, code, *policy, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), TORCH_FLASH2="").stdout.split()
+
+    assert printed("always") == ["0", "True"]
+    with ThreadPoolExecutor() as pool:
+        without, again = pool.submit(printed), pool.submit(printed, "always")
+        assert without.result() == ["0", "False"]
+        assert again.result() == ["1", "True"]
+
+
+@CUDA_BUILD
+def test_torch_logs(installed: Path) -> None:
+    code = "import torch\n" + CALL * 2 + CALL.replace("8)", "16)") + CALL.replace("query)", "query, is_causal=True)")
+    done = run(installed, code, TORCH_LOGS="torch_flash2", TORCH_FLASH2="always")
+    lines = [line for line in done.stderr.splitlines() if "scaled_dot_product_attention" in line]
+    assert len(lines) == 3, done.stderr
+    assert "forward on CPU, float32, B=1 H=2, M=5 N=5 D=8, mask full: taken: cpu; policy always" in lines[0]
+    assert "mask causal" in lines[2]
+    assert not run(installed, code, TORCH_FLASH2="always").stderr
+
+
+def test_a_call_that_meets_a_disable_is_pytorchs() -> None:
+    assert sdpa._run(Sdpa(QUERY, QUERY, QUERY), False) is None

@@ -1,0 +1,465 @@
+"""scaled_dot_product_attention, taken over: its own promises, and what must stay PyTorch's.
+
+B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import sdpa_calls
+import torch
+from hypothesis import given, settings
+from sdpa_calls import SdpaCall
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import torch_flash2
+from torch_flash2 import dispatch
+from torch_flash2.frontends import sdpa
+
+# Compilers and transforms warn of things that are none of ours.
+compiled = pytest.mark.filterwarnings("default")
+sdp = torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def on() -> Iterator[None]:
+    """Every test runs with the policy "always" on the CPU."""
+    sdpa_calls.forget_compiled()
+    torch_flash2.stats(reset=True)
+    with torch_flash2.enabled("always", device_type="cpu"):
+        yield
+    assert sdpa.is_enabled() is None
+
+
+def qkv(**options: Any) -> list[torch.Tensor]:
+    leaves = SdpaCall(**options).leaves("cpu")
+    return [leaves[name].requires_grad_() for name in ("query", "key", "value")]
+
+
+def taken() -> int:
+    return sum(n for label, n in torch_flash2.stats().items() if label.removeprefix("traced: ") == "cpu")
+
+
+def left() -> list[str]:
+    """Why calls were left to PyTorch."""
+    return [label for label in torch_flash2.stats() if label.removeprefix("traced: ").startswith("stock")]
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """The directions in which the CPU's kernel ran."""
+    found: list[str] = []
+    kernel = dispatch.kernel("cpu", "forward")
+    original = kernel.launch
+
+    def launch(problem: Any, *arguments: Any) -> Any:
+        found.append(problem.direction)
+        return original(problem, *arguments)
+
+    with mock.patch.object(kernel, "launch", launch):
+        yield found
+
+
+def holds(call: SdpaCall, attend: Any = None) -> None:
+    torch_flash2.stats(reset=True)
+    found = sdpa_calls.run(call, attend=attend)
+    assert taken() and not left(), torch_flash2.stats()
+    assert not (problems := sdpa_calls.disagreements(call, found)), f"{call}: {problems}"
+
+
+@given(sdpa_calls.calls())
+def test_random_calls(call: SdpaCall) -> None:
+    holds(call)
+
+
+FEATURES = {
+    "plain": SdpaCall(),
+    "3d": SdpaCall(dims=3, mask="bool", mask_shape="HMN"),
+    "2d": SdpaCall(dims=2, mask="causal"),
+    "causal-wide": SdpaCall(M=20, N=50, mask="causal"),
+    "causal-tall": SdpaCall(M=50, N=20, mask="causal"),
+    "bool": SdpaCall(mask="bool", mask_shape="BMN", dtype="bf16"),
+    "float": SdpaCall(mask="float", mask_shape="BN", dtype="fp16", mask_fp32=True),
+    "learned": SdpaCall(mask="learned", mask_shape="HMN"),
+    "gqa-learned-fp32": SdpaCall(H=6, G=2, mask="learned", mask_shape="BHMN"),
+    "mqa-half": SdpaCall(H=4, G=1, mask="bool", dtype="fp16"),
+    "dropout": SdpaCall(dropout_p=0.3, mask="causal"),
+    "dv": SdpaCall(D=24, Dv=8, scale=0.1),
+    "d512": SdpaCall(D=512, Dv=512, M=9, N=11, dtype="bf16"),
+    "no-keys": SdpaCall(N=0),
+    "no-queries": SdpaCall(M=0),
+    "transposed": SdpaCall(layouts=("bshd", "bshd", "bshd")),
+    "expanded": SdpaCall(layouts=("bhsd", "expanded", "expanded")),
+    # NaN in dq where S % 128 == 64 with a mask (pytorch#196678), wrong with few key heads (pytorch#193893).
+    "pytorch-196678": SdpaCall(M=192, N=192, D=32, Dv=32, mask="bool", mask_shape="BMN", dtype="bf16"),
+    "pytorch-193893": SdpaCall(H=8, G=2, M=64, N=64, D=32, Dv=32, mask="causal", dtype="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name: str) -> None:
+    holds(FEATURES[name])
+
+
+@compiled
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_compiled(name: str) -> None:
+    torch._dynamo.reset()
+    call = FEATURES[name]
+    if call.dropout_p > 0:
+        # What a graph draws, eager draws too, if the graph's backend leaves randint alone.
+        call = dataclasses.replace(call, dropout_p=0.0)
+    holds(call, torch.compile(sdp, backend="aot_eager", fullgraph=True, dynamic=name in ("plain", "causal-wide")))
+
+
+@pytest.mark.parametrize("name", ["plain", "bool", "learned", "3d", "gqa-learned-fp32"])
+def test_without_gradients(name: str) -> None:
+    wanted = sdpa_calls.run(FEATURES[name])["out"]
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch_flash2.stats(reset=True)
+        with mode():
+            found = sdpa_calls.run(FEATURES[name], grad=False)
+        assert taken() == 1 and torch.equal(found["out"], wanted)
+
+
+def test_autocast() -> None:
+    query, key, value = qkv()
+    mask = torch.randn(33, 47, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sdp(query, key, value, mask)
+        gradients = torch.autograd.grad(out.float().square().sum(), [query, key, value, mask])
+    half = [t.detach().bfloat16().requires_grad_() for t in (query, key, value, mask)]
+    wanted = sdp(*half)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, wanted) and taken() == 2
+    others = torch.autograd.grad(wanted.float().square().sum(), half)
+    for found, other in zip(gradients, others, strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, other.float())
+
+
+def test_layout_is_that_of_flash() -> None:
+    for order in ((0, 1, 2), (0, 2, 1)):
+        inputs = [t.detach().permute(*order, 3).contiguous().permute(*order, 3) for t in qkv(N=33)]
+        out = sdp(*inputs)
+        assert out.stride() == torch.empty_like(inputs[0]).stride()
+        disabled = torch.ops.aten._scaled_dot_product_flash_attention(*inputs) if torch.cuda.is_available() else None
+        assert disabled is None or disabled[0].stride() == out.stride()
+
+
+def test_dropout_differs_from_call_to_call_and_repeats_under_checkpoint() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    query, key, value = qkv()
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return sdp(query, key, value, dropout_p=0.5)
+
+    assert not torch.equal(attend(query), attend(query))
+    torch.manual_seed(3)
+    (wanted,) = torch.autograd.grad(attend(query).sum(), query)
+    torch.manual_seed(3)
+    (found,) = torch.autograd.grad(checkpoint(attend, query, use_reentrant=False).sum(), query)
+    assert torch.equal(found, wanted)
+
+
+def test_backward_is_the_forwards_own() -> None:
+    query, key, value = qkv()
+    out = sdp(query, key, value)
+    wanted = torch.autograd.grad(out.sum(), query, retain_graph=True)
+    sdpa.disable()
+    try:
+        other = sdp(query, key, value)
+        found = torch.autograd.grad(out.sum(), query)
+    finally:
+        torch_flash2.enable("always", device_type="cpu")
+    assert torch.equal(found[0], wanted[0])
+    torch_flash2.stats(reset=True)
+    torch.autograd.grad(other.sum(), query)
+    assert not torch_flash2.stats()
+
+
+def test_double_backward_says_what_to_do() -> None:
+    query, key, value = qkv()
+    (gradient,) = torch.autograd.grad(sdp(query, key, value).sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        gradient.sum().backward()
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    query, key, value = (t.detach() for t in qkv())
+    value.requires_grad_()
+    out = sdp(query, key, value)
+    out.sum().backward()
+    assert value.grad is not None and query.grad is None
+
+
+# What is PyTorch's.
+
+
+def stock_only(run: Callable[[], torch.Tensor], reason: str) -> None:
+    """A call that PyTorch answers, with its own answer and a reason."""
+    torch_flash2.stats(reset=True)
+    found = run()
+    assert taken() == 0
+    assert [label for label in left() if reason in label], torch_flash2.stats()
+    sdpa.disable()
+    try:
+        wanted = run()
+    finally:
+        torch_flash2.enable("always", device_type="cpu")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@compiled
+def test_functorch_is_untouched() -> None:
+    query, key, value = (t.detach() for t in qkv())
+    grad = torch.func.grad(lambda q: sdp(q, key, value).sum())
+    stock_only(lambda: grad(query), "functorch")
+    jacobian = torch.func.jacrev(lambda q: sdp(q, key[:1, :1], value[:1, :1]))
+    stock_only(lambda: jacobian(query[:1, :1, :2]), "functorch")
+    stock_only(lambda: torch.func.functional_call(torch.nn.Identity(), {}, grad(query)), "functorch")
+
+
+@compiled
+def test_vmap_is_untouched() -> None:
+    query, key, value = (t.detach() for t in qkv())
+    found = torch.vmap(lambda q: sdp(q, key, value))(torch.stack([query, query + 1]))
+    assert taken() == 0 and torch.allclose(found[0], sdp(query, key, value), atol=1e-5)
+
+
+@compiled
+def test_forward_mode_is_untouched() -> None:
+    query, key, value = (t.detach() for t in qkv())
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(query.double(), torch.ones_like(query).double())
+            with torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
+                out = sdp(dual, key.double(), value.double())
+            return torch.autograd.forward_ad.unpack_dual(out).tangent
+
+    stock_only(run, "forward-mode AD")
+
+
+@compiled
+def test_nested_tensors_are_untouched() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(5, 2, 8), torch.randn(3, 2, 8)], layout=torch.jagged)
+    nested = nested.transpose(1, 2)
+    assert sdp(nested, nested, nested).shape[0] == 2
+    assert taken() == 0
+
+
+class Subclass(torch.Tensor):
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: torch.Tensor):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unwrapped = [a.inner if isinstance(a, Subclass) else a for a in args]
+        return func(*unwrapped, **(kwargs or {}))
+
+
+def test_subclasses_are_untouched() -> None:
+    query, key, value = (t.detach() for t in qkv())
+    stock_only(lambda: sdp(Subclass(query), Subclass(key), Subclass(value)), "a tensor subclass, Subclass")
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION])
+def test_sdpa_kernel_that_excludes_flash(backend: SDPBackend) -> None:
+    query, key, value = (t.detach() for t in qkv())
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel([backend, SDPBackend.MATH]):
+            return sdp(query, key, value)
+
+    stock_only(run, "switched flash attention off")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        sdp(query, key, value)
+    assert taken() == 1
+
+
+def test_mistakes_are_for_pytorch_to_refuse() -> None:
+    query, key, value = (t.detach() for t in qkv())
+    for arguments, keywords in (
+        ((query, key.double(), value), {}),
+        ((query, key[:, :3], value[:, :3]), {}),
+        ((query, key, value, torch.ones(5, 5)), {}),
+        ((query, key, value), {"dropout_p": 1.5}),
+    ):
+        with pytest.raises(RuntimeError) as found:
+            sdp(*arguments, **keywords)
+        sdpa.disable()
+        try:
+            with pytest.raises(RuntimeError) as wanted:
+                sdp(*arguments, **keywords)
+        finally:
+            torch_flash2.enable("always", device_type="cpu")
+        assert str(found.value) == str(wanted.value)
+    assert taken() == 0
+
+
+def test_five_dimensions_are_pytorchs() -> None:
+    query, key, value = (t.detach()[None] for t in qkv())
+    stock_only(lambda: sdp(query, key, value), "5, 5 and 5 dimensions")
+
+
+def test_broadcast_batches_and_heads() -> None:
+    query, key, value = qkv()
+    found = sdp(query, key[:1], value[:1])
+    torch.testing.assert_close(found, sdp(query, key[:1].expand_as(key), value[:1].expand_as(value)))
+    (gradient,) = torch.autograd.grad(found.sum(), key)
+    assert gradient[1:].abs().max() == 0 and gradient[0].abs().max() > 0
+    assert sdp(query[:, :1], key, value).shape == (2, 4, 33, 16)
+    assert sdp(query, key[:, :1], value).shape == (2, 4, 33, 16)
+    assert taken() == 4 and not left()
+
+
+# Modes and transforms that see ops.
+
+
+def test_modes_see_the_op() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    query, key, value = (t.detach() for t in qkv())
+    with FlopCounterMode(display=False) as counter:
+        sdp(query, key, value)
+    assert counter.get_total_flops() == 2 * 2 * 4 * 33 * 47 * 32
+
+
+def test_selective_checkpointing_saves_attention() -> None:
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    query, key, value = qkv()
+
+    def block(query: torch.Tensor) -> torch.Tensor:
+        return sdp(query.sin(), key, value).cos()
+
+    def counted(**options: Any) -> int:
+        with launches() as count:
+            checkpoint(block, query, use_reentrant=False, **options).sum().backward()
+        return count.count("forward")
+
+    assert counted() == 2
+    assert counted(context_fn=lambda: create_selective_checkpoint_contexts(torch_flash2.sac_ops())) == 1
+
+
+def test_jit_trace() -> None:
+    query, key, value = (t.detach() for t in qkv())
+    with pytest.warns((DeprecationWarning, FutureWarning), match="deprecated"):
+        traced = torch.jit.trace(lambda *inputs: sdp(*inputs) + 1, (query, key, value))
+    assert torch.equal(traced(query, key, value), sdp(query, key, value) + 1)
+
+
+def test_modules_of_pytorch() -> None:
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    inputs = torch.randn(2, 10, 32, requires_grad=True)
+    found = layer(inputs, inputs, inputs, need_weights=False)[0]
+    assert taken() == 1
+    sdpa.disable()
+    try:
+        wanted = layer(inputs, inputs, inputs, need_weights=False)[0]
+    finally:
+        torch_flash2.enable("always", device_type="cpu")
+    torch.testing.assert_close(found, wanted)
+
+
+# Compiling.
+
+
+@compiled
+def test_compiled_once_for_all_lengths() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(lambda q, k, v: sdp(q, k, v, is_causal=True), backend=counter, fullgraph=True, dynamic=True)
+    for M, N in ((7, 9), (12, 5), (33, 64), (64, 64)):
+        inputs = qkv(M=M, N=N)
+        found, wanted = run(*inputs), sdp(*inputs, is_causal=True)
+        torch.testing.assert_close(found, wanted)
+        found.sum().backward()
+    assert counter.frame_count == 1
+
+
+@compiled
+def test_export_keeps_pytorchs_op() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return sdp(query, key, value, is_causal=True)
+
+    inputs = tuple(t.detach() for t in qkv())
+    for strict in (False, True):
+        program = torch.export.export(Model(), inputs, strict=strict)
+        targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert targets == ["aten.scaled_dot_product_attention.default"]
+        assert taken() == 0 and set(left()) == {"stock, untouched: torch.export"}
+    torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
+
+
+@compiled
+@pytest.mark.parametrize("training", [False, True])
+def test_inductor_and_attention_written_by_hand(training: bool) -> None:
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    counters.clear()
+    query, key, value = (t.detach().requires_grad_(training) for t in qkv(M=32, N=32))
+
+    def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        scores = torch.matmul(query, key.transpose(-2, -1)).div(4.0)
+        return sdp(query, key, value, is_causal=True) + torch.matmul(scores.softmax(dim=-1), value)
+
+    with launches() as count, fresh_cache():
+        found = torch.compile(by_hand, fullgraph=True)(query, key, value)
+    assert counters["inductor"]["fuse_attention"] >= 1
+    assert count == ["forward"] * 2
+    torch.testing.assert_close(found, by_hand(query, key, value))
+    if training:
+        gradients = torch.autograd.grad(found.sum(), [query, key, value])
+        wanted = torch.autograd.grad(by_hand(query, key, value).sum(), [query, key, value])
+        torch.testing.assert_close(gradients, wanted)
+
+
+@settings(max_examples=10)
+@given(sdpa_calls.calls())
+def test_strict_refuses_nothing_that_always_takes(call: SdpaCall) -> None:
+    with torch_flash2.enabled("strict", device_type="cpu"):
+        holds(call)
+
+
+def test_explain_says_what_pytorch_would_choose() -> None:
+    query, key, value = (t.detach() for t in qkv(N=33))
+    text = str(torch_flash2.explain(query, key, value, "causal"))
+    assert "runs on cpu" in text
+    assert text.endswith(
+        "scaled_dot_product_attention would choose FLASH_ATTENTION; enable() leaves such calls: "
+        "not measured on CPU, and PyTorch would choose FLASH_ATTENTION, which is fast"
+    )
+    bias = torch.zeros(33, 33, requires_grad=True)
+    assert "would choose MATH; enable() takes such calls" in str(torch_flash2.explain(query, key, value, bias=bias))
+    text = str(torch_flash2.explain(query, key, value, "causal & window(3, 0)", softcap=3.0))
+    assert text.endswith("has no such call: softcap, mask causal & window(3, 0)")
+    assert "two masks at once" in str(torch_flash2.explain(query, key, value, "causal", bias=bias))
+
+
+@compiled
+@pytest.mark.parametrize("sizes", [(33, 47), (33, 33), (20, 47)])
+def test_causal_bias(sizes: tuple[int, int]) -> None:
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    M, N = sizes
+    query, key, value = qkv(M=M, N=N)
+    for bias, align in ((causal_upper_left(M, N), "top-left"), (causal_lower_right(M, N), "bottom-right")):
+        found = sdp(query, key, value, bias)
+        torch.testing.assert_close(found, torch_flash2.attention(query, key, value, f"causal @ {align}"))
+        assert found.requires_grad
+    assert taken() == 2 and not left()

@@ -1,0 +1,103 @@
+"""The two warps that feed the warpgroups: a scheduler, which claims tasks, and a producer, which loads their tiles.
+
+B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from . import compat
+from .pipeline import TASKS, Task, free_task, get_task, put_task, query_task, tasks_of
+
+
+@gluon.jit
+def schedule(buffers, rule, swizzle, counter, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """The scheduler warp: claim tasks when the producer asks, and hand them on. It is not the producer itself, because
+    what a task is takes about as long to work out as a tile of keys."""
+    BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
+    per_head, heads = tasks_of(rule.spans, rule.sizes, BLOCK_M)
+    total = per_head * heads
+    index = gl.program_id(0)
+    done = 0
+    while index < total:
+        task = query_task(
+            index, swizzle, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS, 1
+        )
+        if task.count > 0:
+            put_task(buffers.tasks, done, task)
+            # After a long task the next one waits until this one nears its end; short ones follow one another faster
+            # than tasks are worked out, so they are claimed one or two ahead.
+            ahead = gl.where(task.count > 4, 0, gl.where(task.count > 2, 1, 2))
+            asked = gl.maximum(done - ahead, 0)
+            mbarrier.wait(buffers.ask.index(asked % TASKS), (asked // TASKS) & 1, pred=done >= ahead)
+            done += 1
+        index = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    zero = done * 0
+    put_task(
+        buffers.tasks, done,
+        Task(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero),
+    )  # fmt: skip
+    # The last program to end leaves the counters as it found them, for the next launch on this stream.
+    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
+
+
+@gluon.jit
+def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
+    """The producer warp: load the tiles of each task."""
+    GROUPS: gl.constexpr = SHAPE.GROUPS
+    BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
+    STAGES: gl.constexpr = SHAPE.STAGES
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    BYTES_Q: gl.constexpr = 64 * GROUPS * SHAPE.WIDTH_D * CHUNKS_D * 2
+    BYTES_K: gl.constexpr = BLOCK_N * SHAPE.WIDTH_D * CHUNKS_D * 2
+    BYTES_V: gl.constexpr = BLOCK_N * SHAPE.WIDTH_V * CHUNKS_V * 2
+    loaded = 0
+    done = 0
+    task = get_task(buffers.tasks, 0, 1)
+    while task.count > 0:
+        free_task(buffers.tasks, done)
+        slot = done % SHAPE.Q_STAGES
+        mbarrier.wait(buffers.q.free.index(slot), ((done // SHAPE.Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(buffers.q.filled.index(slot), BYTES_Q)
+        for w in gl.static_range(GROUPS):
+            for c in gl.static_range(CHUNKS_D):
+                compat.load(
+                    inputs.q,
+                    [task.batch_q, task.h, task.start_q + task.row + w * 64, c * SHAPE.WIDTH_D],
+                    buffers.q.filled.index(slot),
+                    buffers.q.data.index((slot * GROUPS + w) * CHUNKS_D + c),
+                )
+        head = task.h // rule.sizes.group
+        # Asking earlier would share out the work less evenly.
+        asking = gl.maximum(task.count - 3, 0)
+        for j in range(task.count):
+            stage = loaded % STAGES
+            phase = ((loaded // STAGES) & 1) ^ 1
+            row = task.start_k + task.top - j * BLOCK_N
+            mbarrier.wait(buffers.k.free.index(stage), phase)
+            mbarrier.expect(buffers.k.filled.index(stage), BYTES_K)
+            for c in gl.static_range(CHUNKS_D):
+                compat.load(
+                    inputs.k,
+                    [task.batch_k, head, row, c * SHAPE.WIDTH_D],
+                    buffers.k.filled.index(stage),
+                    buffers.k.data.index(stage * CHUNKS_D + c),
+                )
+            mbarrier.wait(buffers.v.free.index(stage), phase)
+            mbarrier.expect(buffers.v.filled.index(stage), BYTES_V)
+            for c in gl.static_range(CHUNKS_V):
+                compat.load(
+                    inputs.v,
+                    [task.batch_k, head, row, c * SHAPE.WIDTH_V],
+                    buffers.v.filled.index(stage),
+                    buffers.v.data.index(stage * CHUNKS_V + c),
+                )
+            loaded += 1
+            if j == asking:
+                mbarrier.arrive(buffers.ask.index(done % TASKS))
+        done += 1
+        task = get_task(buffers.tasks, done, 1)

@@ -1,0 +1,255 @@
+"""What flows through a Hopper kernel: tasks from the scheduler to the warpgroups, buffers, and turns between them.
+
+B segments, H query heads, M query rows, N keys. A task is one tile of query rows of one head; the producer warp claims
+tasks from a counter in global memory and hands them on through shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ..device import bands, tiles
+
+# Places at the start of the workspace: the next task, programs that are done; flags follow.
+COUNTERS = 4
+TASKS = gl.constexpr(4)
+FIELDS = gl.constexpr(15)
+
+
+class Shape(NamedTuple):
+    """Compile-time numbers: consumer warpgroups of 64 rows, keys of a tile, buffers of keys and of values, buffers of
+    queries; the columns of a tile and how many tiles side by side make D and Dv; whether the bands bound keys on the
+    left, alignment; whether warpgroups take turns, and whether P waits in fp32 until the next product is issued."""
+
+    GROUPS: int
+    BLOCK_N: int
+    STAGES: int
+    Q_STAGES: int
+    WIDTH_D: int
+    CHUNKS_D: int
+    WIDTH_V: int
+    CHUNKS_V: int
+    LEFT: bool
+    BOTTOM_RIGHT: bool
+    TURNS: bool
+    LATE: bool
+
+
+class Inputs(NamedTuple):
+    """TMA descriptors of query, key, value and out, and the tensors behind them."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    plain: Any
+
+
+class Plain(NamedTuple):
+    """Query, key, value and out as Strided: for what cannot go by TMA."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+
+
+class Buffers(NamedTuple):
+    """Shared memory: rings of tasks, queries, keys and values, where output tiles leave from, and the barriers at
+    which the producer asks for the next task."""
+
+    tasks: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    ask: Any
+
+
+class Rule(NamedTuple):
+    """What all tiles share: lengths, sizes, bands' numbers, scoring, operands, lse, and where keys may be
+    hidden zeros [programs + GROUPS * tasks], for careful.note_nan."""
+
+    spans: Any
+    sizes: Any
+    rules: Any
+    scoring: Any
+    operands: Any
+    lse: Any
+    flags: Any
+
+
+class Task(NamedTuple):
+    """One tile of query rows: its number, its first row, head, segment; where the segment lies; which key tiles it
+    visits.
+
+    It visits `count` tiles downwards from `top`, those in [full_start, full_stop) without a mask. count 0: no more
+    tasks.
+    """
+
+    index: Any
+    row: Any
+    h: Any
+    b: Any
+    batch_q: Any
+    start_q: Any
+    stored: Any
+    used_q: Any
+    batch_k: Any
+    start_k: Any
+    used_k: Any
+    top: Any
+    count: Any
+    full_start: Any
+    full_stop: Any
+
+
+class Ring(NamedTuple):
+    """Buffers in shared memory, with a barrier for "filled" and one for "free" each. `data` has `chunks` tiles a
+    buffer, each of all rows and a part of the columns."""
+
+    data: Any
+    filled: Any
+    free: Any
+
+
+@gluon.jit
+def ring_barriers(COUNT: gl.constexpr, READERS: gl.constexpr):
+    """The two barriers of each of COUNT buffers, which one producer fills and READERS partitions read."""
+    filled = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(filled.index(i), 1)
+        mbarrier.init(free.index(i), READERS)
+    return filled, free
+
+
+@gluon.jit
+def task_ring(READERS: gl.constexpr):
+    """The ring through which the scheduler hands on tasks."""
+    data = gl.allocate_shared_memory(gl.int32, [TASKS * 16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    filled, free = ring_barriers(TASKS, READERS)
+    return Ring(data, filled, free)
+
+
+@gluon.jit
+def put_task(ring, index, task):
+    """Hand on the index-th task (one warp), once the one before the last is done with."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot = index % TASKS
+    mbarrier.wait(ring.free.index(slot), ((index // TASKS) & 1) ^ 1)
+    for i in gl.static_range(FIELDS):
+        ring.data.index(slot * 16 + i).store(gl.full([1], 0, gl.int32, L) + task[i])
+    mbarrier.arrive(ring.filled.index(slot))
+
+
+@gluon.jit
+def get_task(ring, index, WARPS: gl.constexpr):
+    """The index-th task; `free_task` gives its place back."""
+    slot = index % TASKS
+    mbarrier.wait(ring.filled.index(slot), (index // TASKS) & 1)
+    base = slot * 16
+    return Task(
+        _field(ring, base, WARPS),
+        _field(ring, base + 1, WARPS),
+        _field(ring, base + 2, WARPS),
+        _field(ring, base + 3, WARPS),
+        _field(ring, base + 4, WARPS),
+        _field(ring, base + 5, WARPS),
+        _field(ring, base + 6, WARPS),
+        _field(ring, base + 7, WARPS),
+        _field(ring, base + 8, WARPS),
+        _field(ring, base + 9, WARPS),
+        _field(ring, base + 10, WARPS),
+        _field(ring, base + 11, WARPS),
+        _field(ring, base + 12, WARPS),
+        _field(ring, base + 13, WARPS),
+        _field(ring, base + 14, WARPS),
+    )
+
+
+@gluon.jit
+def _field(ring, at, WARPS: gl.constexpr):
+    return gl.max(ring.data.index(at).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def free_task(ring, index):
+    mbarrier.arrive(ring.free.index(index % TASKS))
+
+
+@gluon.jit
+def tasks_of(spans, sizes, BLOCK_M: gl.constexpr):
+    """How many tiles each head has, and how many heads there are over all batch entries."""
+    heads = sizes.H
+    if spans.cu_q is None:
+        heads = heads * sizes.B
+    return tiles.tile_count(spans.cu_q, sizes.B, sizes.M, BLOCK_M), heads
+
+
+@gluon.jit
+def query_task(index, swizzle, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+               BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """The index-th task. `swizzle` heads go side by side, so that their keys stay in L2, their last tiles first: the
+    longest under a causal mask. A task without stored rows has count 0."""
+    per_head, heads = tasks_of(spans, sizes, BLOCK_M)
+    block = index // (per_head * swizzle)
+    rest = index % (per_head * swizzle)
+    width = gl.minimum(swizzle, heads - block * swizzle)
+    tile = per_head - 1 - rest // width
+    head = block * swizzle + rest % width
+    h = head % sizes.H
+    if spans.cu_q is None:
+        b = head // sizes.H
+    else:
+        b = tiles.find_segment(spans.cu_q, sizes.B, tile, BLOCK_M)
+        tile -= gl.load(spans.cu_q + b) // BLOCK_M + b
+    batch_q, start_q, stored, used_q = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
+    batch_k, start_k, _, used_k = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
+    row = tile * BLOCK_M
+    # An arange is a power of two long: rows past the tile repeat its last one.
+    LENGTH: gl.constexpr = 128 if BLOCK_M == 128 else 256
+    KEYS: gl.constexpr = STEPS.KEYS
+    m = row + gl.minimum(gl.arange(0, LENGTH, layout=gl.BlockedLayout([1], [32], [WARPS], [0])), BLOCK_M - 1)
+    shift = used_k - used_q if BOTTOM_RIGHT else used_k * 0
+    lo, hi = bands.intersect(gl.minimum(m, used_q - 1), used_k, used_q, used_k, shift, rules.numbers, KEYS)
+    hi = gl.where(row < used_q, hi, lo)
+    span = bands.tile_span(lo, hi, used_k, BLOCK_N, False)
+    # A task visits at least one tile, masked altogether where its rows see no key.
+    top = gl.maximum(gl.cdiv(span.stop, BLOCK_N) - 1, 0)
+    count = gl.maximum(top - span.start // BLOCK_N, 0) + 1
+    count = gl.where(row < stored, count, 0)
+    return Task(
+        index, row, h, b, batch_q, start_q, stored, used_q, batch_k, start_k, used_k,
+        top * BLOCK_N, count, span.full_start, span.full_stop,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _barrier_asm(instruction, index, threads):
+    return f"{instruction} {index}, {threads}; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def take_turn(WG: gl.constexpr):
+    """Wait until the warpgroup before this one has issued its products (named barriers, which Gluon lacks; Triton
+    itself uses those from 0 on, one for each partition)."""
+    ASM: gl.constexpr = _barrier_asm("bar.sync", 8 + WG, 256)
+    gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(WG: gl.constexpr):
+    """Let warpgroup WG issue its products."""
+    ASM: gl.constexpr = _barrier_asm("bar.arrive", 8 + WG, 256)
+    gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def matrix(width, rank):
+    """The shared layout of a tile [..., rows, width] of 16-bit elements."""
+    return gl.NVMMASharedLayout(min(width * 2, 128), 16, rank)
