@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ... import caches, problem
 from ...problem import Lengths, Pages
 from .translate import Options, attend, packed_places
 
@@ -71,8 +72,14 @@ class Rotary(NamedTuple):
     interleaved: bool
     starts: torch.Tensor
 
+    @property
+    def tables(self) -> problem.Rotary:
+        return problem.Rotary(self.cos, self.sin, self.interleaved)
+
     def turn(self, rows: Rows, steps: bool = True) -> torch.Tensor:
         """Rows rotated by their positions, computed in fp32; without `steps` all of a sequence by its first."""
+        if rows.cu is None:
+            return caches.rotate(rows.tensor.transpose(1, 2), self.starts, self.tables, advance=steps).transpose(1, 2)
         sequences, offsets = rows.places
         positions = self.starts.long()[sequences] + (offsets if steps else torch.zeros_like(offsets))
         cos, sin = (table[positions].float().unsqueeze(-2) for table in (self.cos, self.sin))
@@ -87,6 +94,20 @@ class Rotary(NamedTuple):
 def append(cache: Cache, key: Rows, value: torch.Tensor, rotary: Rotary | None) -> None:
     """Write new keys, rotated, and their values into the cache, each sequence's behind the positions taken."""
     assert cache.seqlens is not None
+    if key.cu is None and (rotary is None or rotary.starts is cache.seqlens):
+        paged = cache.block_table is not None
+        caches.append(
+            cache.key if paged else cache.key.transpose(1, 2),
+            cache.value if paged else cache.value.transpose(1, 2),
+            key.tensor.transpose(1, 2),
+            value.transpose(1, 2),
+            cache.seqlens,
+            pages=cache.pages if paged else None,
+            batch_index=cache.batch_idx,
+            rotary=None if rotary is None else rotary.tables,
+        )
+        return
+    # Packed rows, and rotation by other positions than those in the cache.
     sequences, offsets = key.places
     positions = cache.seqlens.long()[sequences] + offsets
     if cache.block_table is not None:

@@ -67,7 +67,7 @@ def attend(
     mask = options.mask if counted is None else DenseMask(options.mask, counted)
     softcap = options.softcap if options.softcap > 0 else None
     scores = (None, softcap, options.alibi_slopes, None, options.dropout_p, options.softmax_scale)
-    call = _call(query, key, value, mask, *scores, lengths, pages)
+    call = _call(query, key, value, mask, *scores, lengths, pages, options.num_splits or None)
     if options.deterministic:
         call = call._replace(deterministic=True)
     out, lse = torch.ops.torch_flash2.forward(*call)
