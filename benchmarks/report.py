@@ -249,7 +249,8 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     drawings: dict[str, str] = {}
     matrix = _read(folder / "matrix.csv", COLUMNS)
     for path in sorted(folder.glob("*.csv")):
-        if path.stem.endswith("_ratios") or path.stem == "matrix":
+        # sdpa.csv has columns of its own, for policy.json.
+        if path.stem.endswith("_ratios") or path.stem in ("matrix", "sdpa"):
             continue
         rows, ratios = _read(path, COLUMNS), _read(folder / f"{path.stem}_ratios.csv", RATIO_COLUMNS)
         if not rows:

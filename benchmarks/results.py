@@ -56,10 +56,12 @@ def _output(*command: str) -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit; BENCH_COMMIT says it where there is no git."""
+    """The checkout's commit; BENCH_COMMIT says it for a copy whose git is absent or older than its files."""
+    if said := os.environ.get("BENCH_COMMIT"):
+        return said
     commit = _output("git", "rev-parse", "--short", "HEAD")
     if not commit:
-        return os.environ.get("BENCH_COMMIT", "unknown")
+        return "unknown"
     return commit + ("-dirty" if _output("git", "status", "--porcelain") else "")
 
 

@@ -266,7 +266,6 @@ def test_hopper_reasons() -> None:
                 dict(layout="unit"),
                 dict(head_dim_v=100),
                 dict(head_dim=257),
-                dict(seqlen_q=64),
                 dict(dense=True),
                 dict(steps=("softcap", "bias")),
                 dict(positive_scale=False),
@@ -282,7 +281,6 @@ it has float16 and bfloat16, got torch.float32
 TMA needs unit stride on D and multiples of 16 bytes everywhere else
 TMA needs unit stride on D and multiples of 16 bytes everywhere else
 it has head dims up to 256, got 257 and 64
-with 64 query rows or fewer half of its tiles would be empty
 dense masks and biases stay on the portable kernel
 dense masks and biases stay on the portable kernel
 a scale that is not positive stays on the portable kernel
@@ -290,7 +288,14 @@ dropout stays on the portable kernel
 it has no paged keys and values
 the call has more tiles than its counter can count""",
     )
-    assert dispatch.select(posed()).kernel == "hopper"
+    many = posed(batch=16)
+    assert dispatch.select(many).kernel == "hopper"
+    for few, reason in (
+        (dataclasses.replace(many, seqlen_q=64), "half of its tiles would be empty"),
+        (dataclasses.replace(many, batch=1), "less than half of the GPU busy"),
+    ):
+        assert dispatch.select(few).kernel == "triton" and reason in str(dispatch.select(few))
+        assert dispatch.select(few, "hopper").kernel == "hopper"
     assert dispatch.why_not("hopper", posed(direction="backward")) == ("it has no backward",)
 
 

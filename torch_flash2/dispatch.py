@@ -7,6 +7,11 @@ A kernel is a module with four names:
     candidates(problem) -> Iterator[Config] what is worth measuring
     launch(problem, config, call, ...)      run it
 
+and, where it has them, two more:
+
+    rather_not(problem) -> Iterator[str]    why it leaves to a later kernel what it could run; unless forced
+    record(problem, config, call, ...)      run it, and record the launch for calls alike
+
 Kernels are named by string and imported on first use.
 """
 
@@ -165,6 +170,9 @@ def _select(problem: Problem, force: str | None) -> Plan:
         reasons = why_not(candidate, problem)
         if candidate == "reference" and not name:
             reasons = ("it runs only when forced: its memory grows with M * N",)
+        elif not (reasons or name):
+            rather_not = getattr(kernel(candidate, problem.direction), "rather_not", None)
+            reasons = tuple(rather_not(problem)) if rather_not else ()
         if not reasons:
             config = kernel(candidate, problem.direction).config(problem)
             if overrides and config is not None:

@@ -59,14 +59,20 @@ def why_not(problem: Problem) -> Iterator[str]:
         yield "dense masks and biases stay on the portable kernel"
     if not problem.positive_scale:
         yield "a scale that is not positive stays on the portable kernel"
-    if problem.seqlen_q <= 64:
-        yield "with 64 query rows or fewer half of its tiles would be empty"
     if problem.dropout:
         yield "dropout stays on the portable kernel"
     if problem.page_size is not None:
         yield "it has no paged keys and values"
     if problem.batch * problem.heads * (problem.seqlen_q // 128 + 1) >= 2**30:
         yield "the call has more tiles than its counter can count"
+
+
+def rather_not(problem: Problem) -> Iterator[str]:
+    """Why another kernel is likely the faster one."""
+    if problem.seqlen_q <= 64:
+        yield "with 64 query rows or fewer half of its tiles would be empty"
+    elif 2 * problem.batch * problem.heads * triton.cdiv(problem.seqlen_q, 128) < problem.hardware.multiprocessors:
+        yield "its tiles of 128 query rows would keep less than half of the GPU busy"
 
 
 @functools.cache
