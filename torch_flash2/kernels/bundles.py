@@ -105,6 +105,7 @@ class Mode(NamedTuple):
     BLOCK_N: int
     BLOCK_D: int
     BLOCK_DV: int
+    PIECE: int
     LEFT: bool
     BOTTOM_RIGHT: bool
     PRECISION: str

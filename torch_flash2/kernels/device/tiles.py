@@ -83,17 +83,20 @@ def extent(b, cu, used, B, length):
 
 
 @triton.jit
-def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """Rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's are 0, and rows past limit where
-    CHECK."""
+def load_rows(
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+    FIRST: tl.constexpr = 0,
+):  # fmt: skip
+    """Columns FIRST .. FIRST + COLS of rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's
+    are 0, and rows past limit where CHECK."""
     x = rows.x
     r = tl.arange(0, BLOCK)
     if isinstance(x, tl.tensor_descriptor):
-        tile = x.load([rows.batch, rows.head, rows.start + row, 0]).reshape(BLOCK, COLS)
+        tile = x.load([rows.batch, rows.head, rows.start + row, FIRST]).reshape(BLOCK, COLS)
         if CHECK:
             tile = tl.where((row + r < limit)[:, None], tile, 0.0)
     else:
-        c = tl.arange(0, COLS)
+        c = FIRST + tl.arange(0, COLS)
         if WIDE:
             offsets = r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col
         else:
@@ -106,17 +109,71 @@ def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: 
 
 
 @triton.jit
-def store_rows(rows, row, limit, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
-    """Store [BLOCK, COLS] as rows row .. row + BLOCK of a segment, those below limit."""
-    x = rows.x
-    r = tl.arange(0, BLOCK)
-    c = tl.arange(0, COLS)
-    inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
-    tl.store(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
-        tile.to(x.ptr.dtype.element_ty),
-        mask=inside,
-    )
+def load_pieces(
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, WIDE:
+    tl.constexpr,
+):  # fmt: skip
+    """load_rows of WIDTH columns, as a tuple of pieces of PIECE columns (of one, where they are not more)."""
+    COLS: tl.constexpr = min(WIDTH, PIECE)
+    pieces = ()
+    for i in tl.static_range(WIDTH // COLS):
+        pieces = pieces + (load_rows(rows, row, limit, CHECK, BLOCK, COLS, WIDE, i * COLS),)
+    return pieces
+
+
+@triton.jit
+def zero_pieces(BLOCK: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """An fp32 accumulator [BLOCK, WIDTH] of zeros, in pieces."""
+    COLS: tl.constexpr = min(WIDTH, PIECE)
+    pieces = ()
+    for i in tl.static_range(WIDTH // COLS):
+        pieces = pieces + (tl.zeros([BLOCK, COLS], tl.float32),)
+    return pieces
+
+
+@triton.jit
+def dot_pieces(x, y, MODE: tl.constexpr):
+    """x y^T of two tiles in pieces of columns."""
+    product = tl.dot(x[0], y[0].T, input_precision=MODE.PRECISION)
+    for i in tl.static_range(1, len(x)):
+        product = tl.dot(x[i], y[i].T, product, input_precision=MODE.PRECISION)
+    return product
+
+
+@triton.jit
+def add_dot(totals, x, y, MODE: tl.constexpr):
+    """totals + x y, where totals and y are in pieces of columns."""
+    sums = ()
+    for i in tl.static_range(len(totals)):
+        sums = sums + (tl.dot(x, y[i], totals[i], input_precision=MODE.PRECISION),)
+    return sums
+
+
+@triton.jit
+def scale_pieces(pieces, factor):
+    """Every piece times a factor that broadcasts."""
+    scaled = ()
+    for i in tl.static_range(len(pieces)):
+        scaled = scaled + (pieces[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def keep_pieces(keep, pieces):
+    """Every piece where keep, which broadcasts, else 0."""
+    kept = ()
+    for i in tl.static_range(len(pieces)):
+        kept = kept + (tl.where(keep, pieces[i], 0.0),)
+    return kept
+
+
+@triton.jit
+def any_nan(pieces):
+    """Whether an element of a tile in pieces is NaN."""
+    found = tl.max((pieces[0] != pieces[0]).to(tl.int32))
+    for i in tl.static_range(1, len(pieces)):
+        found = tl.maximum(found, tl.max((pieces[i] != pieces[i]).to(tl.int32)))
+    return found > 0
 
 
 @triton.jit
@@ -143,6 +200,13 @@ def store_columns(rows, row, limit, column, tile, BLOCK: tl.constexpr, COLS: tl.
         tile.to(x.ptr.dtype.element_ty),
         mask=inside,
     )
+
+
+@triton.jit
+def store_pieces(rows, row, limit, pieces, BLOCK: tl.constexpr):
+    """Store a tile in pieces of columns as rows row .. row + BLOCK of a segment, those below limit."""
+    for i in tl.static_range(len(pieces)):
+        store_columns(rows, row, limit, i * pieces[i].shape[1], pieces[i], BLOCK, pieces[i].shape[1])
 
 
 @triton.jit

@@ -89,11 +89,11 @@ def _accumulate_keys(
         m = m0 + tl.arange(0, MODE.BLOCK_M)
         q_rows = Rows(inputs.q, inputs.batch_q, h, inputs.start_q)
         do_rows = Rows(inputs.grad_out, inputs.batch_q, h, inputs.start_q)
-        q = tiles.load_rows(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE)
-        do = tiles.load_rows(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE.WIDE)
+        q = tiles.load_pieces(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
+        do = tiles.load_pieces(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
         lse2, delta = load_stats(inputs.stats, inputs.batch_q * sizes.H + h, inputs.start_q + m)
         # Transposed tiles [BLOCK_N, BLOCK_M]: P and dS are the left operands of both products.
-        s = tl.dot(k, q.T, input_precision=MODE.PRECISION)
+        s = tiles.dot_pieces(k, q, MODE)
         inside = (m < tile.M)[None, :] & (n < tile.N)[:, None]
         s, slope = score_gradient(s, m[None, :], n[:, None], tile.shift, inside, head, STEPS)
         p = tl.exp2(s * head.scale2 - lse2[None, :])
@@ -107,16 +107,16 @@ def _accumulate_keys(
             kept = philox.keep_tile(head.dropout, m, tile.first, MODE.BLOCK_M, MODE.BLOCK_N).T
             dropped = tl.where(kept, p, 0.0)
         if inputs.grad_v is not None:
-            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=MODE.PRECISION)
+            dv = tiles.add_dot(dv, dropped.to(do[0].dtype), do, MODE)
         if inputs.grad_k is not None:
-            dp = tl.dot(v, do.T, input_precision=MODE.PRECISION)
+            dp = tiles.dot_pieces(v, do, MODE)
             if head.dropout is not None:
                 dp = tl.where(kept, dp * scoring.inverse_keep, 0.0)
             ds = p * (dp - delta[None, :]) * slope
             if MASKED:
                 # A masked value may be NaN, and 0 * NaN is NaN.
                 ds = tl.where(visible, ds, 0.0)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=MODE.PRECISION)
+            dk = tiles.add_dot(dk, ds.to(q[0].dtype), q, MODE)
     return dk, dv
 
 
@@ -148,12 +148,14 @@ def backward_keys(
     tile = Tile(n, n0, lo, hi, shift, used_q, used_k)
 
     # The key and value tiles stay; the loops stream queries and output gradients, head after head of the group.
-    k_tile = tiles.load_rows(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE.WIDE)
+    k_tile = tiles.load_pieces(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE.PIECE, MODE.WIDE)
     v_tile = k_tile
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk = tiles.zero_pieces(BLOCK_N, BLOCK_D, MODE.PIECE)
+    dv = tiles.zero_pieces(BLOCK_N, BLOCK_DV, MODE.PIECE)
     if grad_k is not None:
-        v_tile = tiles.load_rows(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.WIDE)
+        v_tile = tiles.load_pieces(
+            Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.PIECE, MODE.WIDE
+        )
     inputs = Queries(q, grad_out, grad_k, grad_v, stats, batch_q, start_q, start_k)
     dk, dv = _accumulate_keys(
         dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
@@ -164,11 +166,11 @@ def backward_keys(
         )
     used = (n < used_k)[:, None]
     if grad_k is not None:
-        dk = tl.where(used, dk * scoring.scale, 0.0)
-        tiles.store_rows(Rows(grad_k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N, BLOCK_D)
+        dk = tiles.keep_pieces(used, tiles.scale_pieces(dk, scoring.scale))
+        tiles.store_pieces(Rows(grad_k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N)
     if grad_v is not None:
-        dv = tl.where(used, dv * scoring.inverse_keep, 0.0)
-        tiles.store_rows(Rows(grad_v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N, BLOCK_DV)
+        dv = tiles.keep_pieces(used, tiles.scale_pieces(dv, scoring.inverse_keep))
+        tiles.store_pieces(Rows(grad_v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N)
 
 
 @triton.jit
@@ -179,12 +181,12 @@ def _score_gradient(
     """dS [BLOCK_M, BLOCK_N] of a tile of rows and keys n0 .. n0 + BLOCK_N, with respect to scale * product."""
     m = tile.at
     n = n0 + tl.arange(0, MODE.BLOCK_N)
-    v = tiles.load_rows(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.WIDE)
-    s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
+    v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+    s = tiles.dot_pieces(q, k, MODE)
     inside = (m < tile.M)[:, None] & (n < tile.N)[None, :]
     s, slope = score_gradient(s, m[:, None], n[None, :], tile.shift, inside, head, STEPS)
     p = tl.exp2(s * head.scale2 - lse2[:, None])
-    dp = tl.dot(do, v.T, input_precision=MODE.PRECISION)
+    dp = tiles.dot_pieces(do, v, MODE)
     if head.dropout is not None:
         kept = philox.keep_tile(head.dropout, m, n0, MODE.BLOCK_M, MODE.BLOCK_N)
         dp = tl.where(kept, dp * inverse_keep, 0.0)
@@ -210,7 +212,7 @@ def _accumulate_carefully(
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
-            k = tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
             ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, scoring.inverse_keep, MODE, STEPS, True)
             part, bad = tiles.finite(tiles.load_columns(plain, n0, tile.N, column, MODE.BLOCK_N, 16))
             acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
@@ -235,9 +237,9 @@ def _accumulate_queries(
             n0 = bands.masked_tile(span, i, MODE.BLOCK_N)
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
-        k = tiles.load_rows(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
         ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=MODE.PRECISION)
+        dq = tiles.add_dot(dq, ds.to(k[0].dtype), k, MODE)
     return dq
 
 
@@ -265,14 +267,11 @@ def backward_queries(
     head = Head(scoring.scale, scale2, steps, dropout, dense)
 
     # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
-    q_tile = tiles.load_rows(
-        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.WIDE
-    )
-    do = tiles.load_rows(
-        Rows(grad_out, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.WIDE
-    )
+    q_rows, do_rows = Rows(q, place.batch_q, h, place.start_q), Rows(grad_out, place.batch_q, h, place.start_q)
+    q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.PIECE, MODE.WIDE)
+    do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
     lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE.PIECE)
     dq = _accumulate_queries(
         dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
     )
@@ -281,12 +280,12 @@ def backward_queries(
             dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, False
         )
     used = (tile.at < tile.M)[:, None]
-    dq = tl.where(used, dq * scoring.scale, 0.0)
+    dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
     grad = Rows(grad_q, place.batch_q, h, place.start_q)
-    tiles.store_rows(grad, place.row, place.stored, dq, BLOCK_M, BLOCK_D)
+    tiles.store_pieces(grad, place.row, place.stored, dq, BLOCK_M)
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
         # NaN here may come from a key that no row of the tile sees.
-        if tl.max((dq != dq).to(tl.int32)) > 0:
+        if tiles.any_nan(dq):
             plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
             _accumulate_carefully(
                 grad, q_tile, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE, STEPS
@@ -383,7 +382,7 @@ def _launch_keys(
 ) -> None:  # fmt: skip
     if grad_k is None and grad_v is None:
         return
-    mode = launching.mode(problem, config)
+    mode = launching.mode(problem, config, config.BLOCK_N)
     arguments = (
         launching.load(config, call.query, config.BLOCK_M, mode.BLOCK_D),
         Strided.of(call.key),
@@ -405,7 +404,7 @@ def _launch_queries(
     grad_q: torch.Tensor | None,
 ) -> None:  # fmt: skip
     assert grad_q is not None
-    mode = launching.mode(problem, config)
+    mode = launching.mode(problem, config, config.BLOCK_M)
     arguments = (
         Strided.of(call.query),
         launching.load(config, call.key, config.BLOCK_N, mode.BLOCK_D),

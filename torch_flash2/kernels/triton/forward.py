@@ -40,7 +40,7 @@ def _attend(
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
         n = n0 + tl.arange(0, MODE.BLOCK_N)
-        k = tiles.load_rows(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
         s = tile_scores(q, k, n, tile, head, MODE, STEPS)
         if MASKED:
             s = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), s, -float("inf"))
@@ -56,8 +56,8 @@ def _attend(
         row_max = new_max
         if head.dropout is not None:
             p = tl.where(philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p, 0.0)
-        v = tiles.load_rows(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.WIDE)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
+        v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+        acc = tiles.add_dot(tiles.scale_pieces(acc, decay[:, None]), p.to(v[0].dtype), v, MODE)
     return acc, row_max, row_sum
 
 
@@ -78,7 +78,7 @@ def _attend_carefully(
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
             n = n0 + tl.arange(0, MODE.BLOCK_N)
-            k = tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
+            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
             visible = visible_keys(tile, n, head.dense, MODE.LEFT)
             s = tl.where(visible, tile_scores(q, k, n, tile, head, MODE, STEPS), -float("inf"))
             p = tl.exp2(s * head.scale2 - lse2[:, None])
@@ -115,11 +115,10 @@ def attention_forward(
 
     # The query tile stays; the loops stream keys and values.
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    BLOCK_DV: tl.constexpr = MODE.BLOCK_DV
-    q_tile = tiles.load_rows(
-        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE
+    q_tile = tiles.load_pieces(
+        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE
     )
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = tiles.zero_pieces(MODE.BLOCK_M, MODE.BLOCK_DV, MODE.PIECE)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc, row_max, row_sum = _attend(acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True)
@@ -134,19 +133,19 @@ def attention_forward(
         sink = tl.load(operands.sinks + h).to(tl.float32) * scores.LOG2E
         new_max = tl.maximum(row_max, sink)
         decay = tl.exp2(row_max - new_max)
-        acc = acc * decay[:, None]
+        acc = tiles.scale_pieces(acc, decay[:, None])
         row_sum = row_sum * decay + tl.exp2(sink - new_max)
         row_max = new_max
     weight = scoring.inverse_keep / tl.where(none, 1.0, row_sum)
-    acc = tl.where(none[:, None], 0.0, acc * weight[:, None])
+    acc = tiles.keep_pieces(~none[:, None], tiles.scale_pieces(acc, weight[:, None]))
     lse = tl.where(none, -float("inf"), (row_max + tl.log2(tl.where(none, 1.0, row_sum))) * scores.LN2)
     at = lse_ptr + (tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q + tile.at)
     tl.store(at, lse, mask=tile.at < place.stored)
     out_rows = Rows(out, place.batch_q, h, place.start_q)
-    tiles.store_rows(out_rows, place.row, place.stored, acc, MODE.BLOCK_M, MODE.BLOCK_DV)
+    tiles.store_pieces(out_rows, place.row, place.stored, acc, MODE.BLOCK_M)
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
         # NaN here may come from a value that no row of the tile sees.
-        if tl.max((acc != acc).to(tl.int32)) > 0:
+        if tiles.any_nan(acc):
             plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
             _attend_carefully(
                 out_rows, lse, q_tile, keys, plain, place, tile, span, head, scoring.inverse_keep, MODE, STEPS
@@ -173,7 +172,7 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     out, lse = launching.outputs(call)
     if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
         return out.zero_(), lse.fill_(-torch.inf)
-    mode = launching.mode(problem, config)
+    mode = launching.mode(problem, config, config.BLOCK_M)
     arguments = (
         Strided.of(call.query),
         launching.load(config, call.key, config.BLOCK_N, mode.BLOCK_D),

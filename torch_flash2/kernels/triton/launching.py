@@ -124,13 +124,30 @@ def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, cols])
 
 
-def mode(problem: Problem, config: Config) -> Mode:
-    """The compile-time numbers of a launch."""
+def _piece(problem: Problem, config: Config, rows: int) -> int:
+    """The most columns of an accumulator of so many rows.
+
+    Where products are mma instructions of single warps (not Hopper's of warp groups, nor Blackwell's), Triton gives
+    each warp rows of its own only if no tile is wider than it is high. Else warps share rows, and probabilities go
+    through shared memory.
+    """
+    grouped = problem.hardware.capability[0] in (9, 10, 11)
+    return 512 if grouped or rows < 16 * config.num_warps else rows
+
+
+def mode(problem: Problem, config: Config, rows: int = 0) -> Mode:
+    """The compile-time numbers of a launch whose accumulators have so many rows; 0: it has none as wide as a head."""
+    piece = _piece(problem, config, rows)
+    width, width_v = (
+        block_dim(dim) if block_dim(dim) <= piece else triton.cdiv(dim, piece) * piece
+        for dim in (problem.head_dim, problem.head_dim_v)
+    )
     return Mode(
         config.BLOCK_M,
         config.BLOCK_N,
-        block_dim(problem.head_dim),
-        block_dim(problem.head_dim_v),
+        width,
+        width_v,
+        piece,
         problem.mask.bounds_left,
         problem.mask.align == "bottom-right",
         problem.precision if problem.dtype == torch.float32 else "ieee",
