@@ -97,6 +97,14 @@ class RowStats(NamedTuple):
     pitch: int
 
 
+class Grads(NamedTuple):
+    """Where dK, dV and, fp32 and before the scale, sums of dQ go; None where one is not wanted of this launch."""
+
+    k: Any
+    v: Any
+    sum_q: Any
+
+
 class Mode(NamedTuple):
     """Compile-time numbers: tile sizes, whether the bands bound keys on the left, alignment, precision of products,
     whether offsets inside a tile need 64 bits, and whether several query heads share a key head."""
@@ -143,12 +151,11 @@ class Rows(NamedTuple):
 
 class Queries(NamedTuple):
     """What streams past a tile of keys: queries, output gradients and row statistics, and where the segment starts in
-    them; and where dK and dV go, None where one is not wanted."""
+    them; and Grads."""
 
     q: Any
     grad_out: Any
-    grad_k: Any
-    grad_v: Any
+    grads: Any
     stats: Any
     batch_q: Any
     start_q: Any

@@ -210,6 +210,17 @@ def store_pieces(rows, row, limit, pieces, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def add_product(rows, row, limit, x, y, MODE: tl.constexpr):
+    """Add x y [BLOCK_M, columns], y in pieces of columns, to rows row .. row + BLOCK_M of fp32 sums, atomically."""
+    r = tl.arange(0, MODE.BLOCK_M)
+    for i in tl.static_range(len(y)):
+        c = i * y[i].shape[1] + tl.arange(0, y[i].shape[1])
+        inside = (row + r < limit)[:, None] & (c < rows.x.cols)[None, :]
+        at = _base(rows, row) + (r.to(tl.int64)[:, None] * rows.x.row + c[None, :] * rows.x.col)
+        tl.atomic_add(at, tl.dot(x, y[i], input_precision=MODE.PRECISION), mask=inside, sem="relaxed")
+
+
+@triton.jit
 def _base(rows, row):
     """Pointer to a row of a segment, in 64 bits."""
     x = rows.x

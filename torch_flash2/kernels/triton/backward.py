@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ...problem import Call, Gradients, Problem, Saved
-from ..bundles import Dropout, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
+from ..bundles import Dropout, Grads, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
 from ..device import bands, philox, scores, tiles
 from . import bias_gradient, launching, tables
 from .common import load_stats, query_tile, score_gradient, visible_keys
@@ -106,9 +106,9 @@ def _accumulate_keys(
         if head.dropout is not None:
             kept = philox.keep_tile(head.dropout, m, tile.first, MODE.BLOCK_M, MODE.BLOCK_N).T
             dropped = tl.where(kept, p, 0.0)
-        if inputs.grad_v is not None:
+        if inputs.grads.v is not None:
             dv = tiles.add_dot(dv, dropped.to(do[0].dtype), do, MODE)
-        if inputs.grad_k is not None:
+        if inputs.grads.k is not None:
             dp = tiles.dot_pieces(v, do, MODE)
             if head.dropout is not None:
                 dp = tl.where(kept, dp * scoring.inverse_keep, 0.0)
@@ -116,13 +116,17 @@ def _accumulate_keys(
             if MASKED:
                 # A masked value may be NaN, and 0 * NaN is NaN.
                 ds = tl.where(visible, ds, 0.0)
-            dk = tiles.add_dot(dk, ds.to(q[0].dtype), q, MODE)
+            ds = ds.to(q[0].dtype)
+            dk = tiles.add_dot(dk, ds, q, MODE)
+            if inputs.grads.sum_q is not None:
+                sum_rows = Rows(inputs.grads.sum_q, inputs.batch_q, h, inputs.start_q)
+                tiles.add_product(sum_rows, m0, tile.M, ds.T, k, MODE)
     return dk, dv
 
 
 @triton.jit
 def backward_keys(
-    q, k, v, grad_out, stats, grad_k, grad_v, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, grad_out, stats, grads, spans, coded_sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV (one of them where the other's tensor is None) of one tile of keys of one key/value head, summed over
@@ -152,11 +156,11 @@ def backward_keys(
     v_tile = k_tile
     dk = tiles.zero_pieces(BLOCK_N, BLOCK_D, MODE.PIECE)
     dv = tiles.zero_pieces(BLOCK_N, BLOCK_DV, MODE.PIECE)
-    if grad_k is not None:
+    if grads.k is not None:
         v_tile = tiles.load_pieces(
             Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.PIECE, MODE.WIDE
         )
-    inputs = Queries(q, grad_out, grad_k, grad_v, stats, batch_q, start_q, start_k)
+    inputs = Queries(q, grad_out, grads, stats, batch_q, start_q, start_k)
     dk, dv = _accumulate_keys(
         dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
     )
@@ -165,12 +169,12 @@ def backward_keys(
             dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, False
         )
     used = (n < used_k)[:, None]
-    if grad_k is not None:
+    if grads.k is not None:
         dk = tiles.keep_pieces(used, tiles.scale_pieces(dk, scoring.scale))
-        tiles.store_pieces(Rows(grad_k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N)
-    if grad_v is not None:
+        tiles.store_pieces(Rows(grads.k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N)
+    if grads.v is not None:
         dv = tiles.keep_pieces(used, tiles.scale_pieces(dv, scoring.inverse_keep))
-        tiles.store_pieces(Rows(grad_v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N)
+        tiles.store_pieces(Rows(grads.v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N)
 
 
 @triton.jit
@@ -199,8 +203,8 @@ def _score_gradient(
 
 @triton.jit
 def _accumulate_carefully(
-    grad, q, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE: tl.constexpr, STEPS:
-    tl.constexpr
+    grad, q_rows, do_rows, stats, keys, plain, values, place, tile, span, head, scoring, bh,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dQ again where some key is NaN or infinite: keys made finite, and an element NaN only where its row sees one that
     was not.
@@ -208,6 +212,9 @@ def _accumulate_carefully(
     Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
+    do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+    lse2, delta = load_stats(stats, bh, place.start_q + tile.at)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -245,7 +252,7 @@ def _accumulate_queries(
 
 @triton.jit
 def backward_queries(
-    q, k, k_plain, v, grad_out, stats, grad_q, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
+    q, k, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
     tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of query rows of one head."""
@@ -266,19 +273,23 @@ def backward_queries(
         dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
     head = Head(scoring.scale, scale2, steps, dropout, dense)
 
-    # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
     q_rows, do_rows = Rows(q, place.batch_q, h, place.start_q), Rows(grad_out, place.batch_q, h, place.start_q)
-    q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.PIECE, MODE.WIDE)
-    do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
-    lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
-    dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE.PIECE)
-    dq = _accumulate_queries(
-        dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
-    )
-    if rules.dense is None:
+    if sum_q is None:
+        # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
+        q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.PIECE, MODE.WIDE)
+        do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+        lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
+        dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE.PIECE)
         dq = _accumulate_queries(
-            dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, False
+            dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
         )
+        if rules.dense is None:
+            dq = _accumulate_queries(
+                dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, False
+            )
+    else:
+        sums = Rows(sum_q, place.batch_q, h, place.start_q)
+        dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.PIECE, MODE.WIDE)
     used = (tile.at < tile.M)[:, None]
     dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
     grad = Rows(grad_q, place.batch_q, h, place.start_q)
@@ -288,7 +299,7 @@ def backward_queries(
         if tiles.any_nan(dq):
             plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
             _accumulate_carefully(
-                grad, q_tile, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE, STEPS
+                grad, q_rows, do_rows, stats, keys, plain, values, place, tile, span, head, scoring, h + place.batch_q * sizes.H, MODE, STEPS
             )
 
 
@@ -334,13 +345,16 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
                 gradient.zero_()
         return found
     stats = _launch_stats(call, out, lse, grad_out, grad_lse)
-    if wanted[0]:
-        _launch_queries(problem, config.q, call, grad_out, stats, found.query)
+    sums = None
+    if config.atomics and found.query is not None and found.key is not None:
+        sums = torch.zeros(call.query.shape, dtype=torch.float32, device=call.query.device)
     if config.v is not None:
-        _launch_keys(problem, config.kv, call, grad_out, stats, found.key, None)
-        _launch_keys(problem, config.v, call, grad_out, stats, None, found.value)
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, None, sums))
+        _launch_keys(problem, config.v, call, grad_out, stats, Grads(None, found.value, None))
     else:
-        _launch_keys(problem, config.kv, call, grad_out, stats, found.key, found.value)
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, found.value, sums))
+    if found.query is not None:
+        _launch_queries(problem, config.q, call, grad_out, stats, found.query, sums)
     if wanted[3]:
         bias_gradient.launch(problem, config.bias, call, grad_out, stats, found.bias)
     if wanted[4]:
@@ -377,10 +391,9 @@ def _launch_stats(
 
 
 def _launch_keys(
-    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats,
-    grad_k: torch.Tensor | None, grad_v: torch.Tensor | None,
+    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grads: Grads
 ) -> None:  # fmt: skip
-    if grad_k is None and grad_v is None:
+    if grads.k is None and grads.v is None:
         return
     mode = launching.mode(problem, config, config.BLOCK_N)
     arguments = (
@@ -389,8 +402,7 @@ def _launch_keys(
         Strided.of(call.value),
         launching.load(config, grad_out, config.BLOCK_M, mode.BLOCK_DV),
         stats,
-        None if grad_k is None else Strided.of(grad_k),
-        None if grad_v is None else Strided.of(grad_v),
+        Grads(*(None if tensor is None else Strided.of(tensor) for tensor in grads)),
         *launching.bundle(problem, call),
         mode,
         launching.steps(problem),
@@ -401,9 +413,8 @@ def _launch_keys(
 
 def _launch_queries(
     problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats,
-    grad_q: torch.Tensor | None,
+    grad_q: torch.Tensor, sum_q: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    assert grad_q is not None
     mode = launching.mode(problem, config, config.BLOCK_M)
     arguments = (
         Strided.of(call.query),
@@ -413,6 +424,7 @@ def _launch_queries(
         Strided.of(grad_out),
         stats,
         Strided.of(grad_q),
+        None if sum_q is None else Strided.of(sum_q),
         *launching.bundle(problem, call),
         mode,
         launching.steps(problem),

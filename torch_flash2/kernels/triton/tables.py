@@ -44,6 +44,7 @@ class BackwardConfig(NamedTuple):
     q: Config
     bias: Config
     v: Config | None = None
+    atomics: bool = False
 
 
 def block_dim(head_dim: int) -> int:
