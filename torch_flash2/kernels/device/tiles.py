@@ -11,9 +11,15 @@ from ..bundles import Sizes
 
 
 @triton.jit
+def decoded(number):
+    """The number behind `bundles.coded`."""
+    return (number - 3) // 2
+
+
+@triton.jit
 def sizes_of(coded):
     """The sizes behind a launch's `Sizes.coded`."""
-    return Sizes((coded.B - 3) // 2, (coded.H - 3) // 2, (coded.group - 3) // 2, (coded.M - 3) // 2, (coded.N - 3) // 2)
+    return Sizes(decoded(coded.B), decoded(coded.H), decoded(coded.group), decoded(coded.M), decoded(coded.N))
 
 
 @triton.jit
@@ -85,18 +91,18 @@ def extent(b, cu, used, B, length):
 @triton.jit
 def load_rows(
     rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
-    FIRST: tl.constexpr = 0,
+    column=0,
 ):  # fmt: skip
-    """Columns FIRST .. FIRST + COLS of rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's
+    """Columns column .. column + COLS of rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's
     are 0, and rows past limit where CHECK."""
     x = rows.x
     r = tl.arange(0, BLOCK)
     if isinstance(x, tl.tensor_descriptor):
-        tile = x.load([rows.batch, rows.head, rows.start + row, FIRST]).reshape(BLOCK, COLS)
+        tile = x.load([rows.batch, rows.head, rows.start + row, column]).reshape(BLOCK, COLS)
         if CHECK:
             tile = tl.where((row + r < limit)[:, None], tile, 0.0)
     else:
-        c = FIRST + tl.arange(0, COLS)
+        c = column + tl.arange(0, COLS)
         if WIDE:
             offsets = r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col
         else:
@@ -110,23 +116,22 @@ def load_rows(
 
 @triton.jit
 def load_pieces(
-    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, WIDE:
-    tl.constexpr,
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr
 ):  # fmt: skip
-    """load_rows of WIDTH columns, as a tuple of pieces of PIECE columns (of one, where they are not more)."""
-    COLS: tl.constexpr = min(WIDTH, PIECE)
+    """load_rows of WIDTH columns, as a tuple of pieces of at most MODE.PIECE columns."""
+    COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
     pieces = ()
     for i in tl.static_range(WIDTH // COLS):
-        pieces = pieces + (load_rows(rows, row, limit, CHECK, BLOCK, COLS, WIDE, i * COLS),)
+        pieces = pieces + (load_rows(rows, row, limit, CHECK, BLOCK, COLS, MODE.WIDE, i * COLS),)
     return pieces
 
 
 @triton.jit
-def zero_pieces(BLOCK: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+def zero_pieces(BLOCK: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr):
     """An fp32 accumulator [BLOCK, WIDTH] of zeros, in pieces."""
-    COLS: tl.constexpr = min(WIDTH, PIECE)
+    COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
     pieces = ()
-    for i in tl.static_range(WIDTH // COLS):
+    for _ in tl.static_range(WIDTH // COLS):
         pieces = pieces + (tl.zeros([BLOCK, COLS], tl.float32),)
     return pieces
 
@@ -174,18 +179,6 @@ def any_nan(pieces):
     for i in tl.static_range(1, len(pieces)):
         found = tl.maximum(found, tl.max((pieces[i] != pieces[i]).to(tl.int32)))
     return found > 0
-
-
-@triton.jit
-def load_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr):
-    """Columns column .. column + COLS of rows row .. row + BLOCK of a segment, by pointer; 0 outside."""
-    x = rows.x
-    r = tl.arange(0, BLOCK)
-    c = column + tl.arange(0, COLS)
-    inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
-    return tl.load(
-        _base(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
-    )
 
 
 @triton.jit

@@ -89,8 +89,8 @@ def _accumulate_keys(
         m = m0 + tl.arange(0, MODE.BLOCK_M)
         q_rows = Rows(inputs.q, inputs.batch_q, h, inputs.start_q)
         do_rows = Rows(inputs.grad_out, inputs.batch_q, h, inputs.start_q)
-        q = tiles.load_pieces(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
-        do = tiles.load_pieces(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+        q = tiles.load_pieces(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
+        do = tiles.load_pieces(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
         lse2, delta = load_stats(inputs.stats, inputs.batch_q * sizes.H + h, inputs.start_q + m)
         # Transposed tiles [BLOCK_N, BLOCK_M]: P and dS are the left operands of both products.
         s = tiles.dot_pieces(k, q, MODE)
@@ -152,14 +152,12 @@ def backward_keys(
     tile = Tile(n, n0, lo, hi, shift, used_q, used_k)
 
     # The key and value tiles stay; the loops stream queries and output gradients, head after head of the group.
-    k_tile = tiles.load_pieces(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE.PIECE, MODE.WIDE)
+    k_tile = tiles.load_pieces(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE)
     v_tile = k_tile
-    dk = tiles.zero_pieces(BLOCK_N, BLOCK_D, MODE.PIECE)
-    dv = tiles.zero_pieces(BLOCK_N, BLOCK_DV, MODE.PIECE)
+    dk = tiles.zero_pieces(BLOCK_N, BLOCK_D, MODE)
+    dv = tiles.zero_pieces(BLOCK_N, BLOCK_DV, MODE)
     if grads.k is not None:
-        v_tile = tiles.load_pieces(
-            Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.PIECE, MODE.WIDE
-        )
+        v_tile = tiles.load_pieces(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE)
     inputs = Queries(q, grad_out, grads, stats, batch_q, start_q, start_k)
     dk, dv = _accumulate_keys(
         dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
@@ -185,7 +183,7 @@ def _score_gradient(
     """dS [BLOCK_M, BLOCK_N] of a tile of rows and keys n0 .. n0 + BLOCK_N, with respect to scale * product."""
     m = tile.at
     n = n0 + tl.arange(0, MODE.BLOCK_N)
-    v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+    v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
     s = tiles.dot_pieces(q, k, MODE)
     inside = (m < tile.M)[:, None] & (n < tile.N)[None, :]
     s, slope = score_gradient(s, m[:, None], n[None, :], tile.shift, inside, head, STEPS)
@@ -212,16 +210,16 @@ def _accumulate_carefully(
     Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
-    do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+    q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
+    do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
     lse2, delta = load_stats(stats, bh, place.start_q + tile.at)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
-            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
+            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
             ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, scoring.inverse_keep, MODE, STEPS, True)
-            part, bad = tiles.finite(tiles.load_columns(plain, n0, tile.N, column, MODE.BLOCK_N, 16))
+            part, bad = tiles.finite(tiles.load_rows(plain, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
             acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
             taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
@@ -244,7 +242,7 @@ def _accumulate_queries(
             n0 = bands.masked_tile(span, i, MODE.BLOCK_N)
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
-        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
+        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
         ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED)
         dq = tiles.add_dot(dq, ds.to(k[0].dtype), k, MODE)
     return dq
@@ -252,8 +250,8 @@ def _accumulate_queries(
 
 @triton.jit
 def backward_queries(
-    q, k, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
-    tl.constexpr,
+    q, k, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of query rows of one head."""
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
@@ -276,10 +274,10 @@ def backward_queries(
     q_rows, do_rows = Rows(q, place.batch_q, h, place.start_q), Rows(grad_out, place.batch_q, h, place.start_q)
     if sum_q is None:
         # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
-        q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.PIECE, MODE.WIDE)
-        do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+        q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
+        do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
         lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
-        dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE.PIECE)
+        dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE)
         dq = _accumulate_queries(
             dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
         )
@@ -289,7 +287,7 @@ def backward_queries(
             )
     else:
         sums = Rows(sum_q, place.batch_q, h, place.start_q)
-        dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.PIECE, MODE.WIDE)
+        dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
     used = (tile.at < tile.M)[:, None]
     dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
     grad = Rows(grad_q, place.batch_q, h, place.start_q)
@@ -299,8 +297,9 @@ def backward_queries(
         if tiles.any_nan(dq):
             plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
             _accumulate_carefully(
-                grad, q_rows, do_rows, stats, keys, plain, values, place, tile, span, head, scoring, h + place.batch_q * sizes.H, MODE, STEPS
-            )
+                grad, q_rows, do_rows, stats, keys, plain, values, place, tile, span, head, scoring,
+                place.batch_q * sizes.H + h, MODE, STEPS,
+            )  # fmt: skip
 
 
 def why_not(problem: Problem) -> Iterator[str]:

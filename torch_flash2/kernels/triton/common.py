@@ -11,16 +11,6 @@ from ..device import bands, scores, tiles
 
 
 @triton.jit
-def query_pieces(queries, row, tile, MODE: tl.constexpr):
-    """A tile of queries, in pieces.
-
-    A loop that reads them wants them loaded right before it, and by no other loop: then Triton keeps them in shared
-    memory, where they are read again in each turn, and not in registers.
-    """
-    return tiles.load_pieces(queries, row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
-
-
-@triton.jit
 def tile_scores(q, k, n, tile, head, MODE: tl.constexpr, STEPS: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N] of keys n: raw products where there are no steps, else after scale and steps."""
     s = tiles.dot_pieces(q, k, MODE)

@@ -40,7 +40,7 @@ def _attend(
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
         n = n0 + tl.arange(0, MODE.BLOCK_N)
-        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
+        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
         s = tile_scores(q, k, n, tile, head, MODE, STEPS)
         if MASKED:
             s = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), s, -float("inf"))
@@ -56,7 +56,7 @@ def _attend(
         row_max = new_max
         if head.dropout is not None:
             p = tl.where(philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p, 0.0)
-        v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PIECE, MODE.WIDE)
+        v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
         acc = tiles.add_dot(tiles.scale_pieces(acc, decay[:, None]), p.to(v[0].dtype), v, MODE)
     return acc, row_max, row_sum
 
@@ -78,7 +78,7 @@ def _attend_carefully(
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
             n = n0 + tl.arange(0, MODE.BLOCK_N)
-            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE)
+            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
             visible = visible_keys(tile, n, head.dense, MODE.LEFT)
             s = tl.where(visible, tile_scores(q, k, n, tile, head, MODE, STEPS), -float("inf"))
             p = tl.exp2(s * head.scale2 - lse2[:, None])
@@ -86,7 +86,7 @@ def _attend_carefully(
                 p = tl.where(
                     philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0
                 )
-            v, bad = tiles.finite(tiles.load_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16))
+            v, bad = tiles.finite(tiles.load_rows(values, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
             taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
         tiles.store_columns(out, place.row, tile.M, column, tl.where(taint > 0, float("nan"), acc), BLOCK_M, 16)
@@ -115,10 +115,9 @@ def attention_forward(
 
     # The query tile stays; the loops stream keys and values.
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    q_tile = tiles.load_pieces(
-        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.PIECE, MODE.WIDE
-    )
-    acc = tiles.zero_pieces(MODE.BLOCK_M, MODE.BLOCK_DV, MODE.PIECE)
+    q_rows = Rows(q, place.batch_q, h, place.start_q)
+    q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
+    acc = tiles.zero_pieces(MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc, row_max, row_sum = _attend(acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True)
