@@ -91,7 +91,7 @@ def extent(b, cu, used, B, length):
 @triton.jit
 def load_rows(
     rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
-    column=0,
+    column=0, EVEN: tl.constexpr = False,
 ):  # fmt: skip
     """Columns column .. column + COLS of rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's
     are 0, and rows past limit where CHECK."""
@@ -104,13 +104,18 @@ def load_rows(
     else:
         c = column + tl.arange(0, COLS)
         if WIDE:
-            offsets = r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col
+            at = _base(rows, row) + r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col
         else:
-            offsets = r[:, None] * x.row + c[None, :] * x.col
-        inside = (c < x.cols)[None, :]
-        if CHECK:
-            inside = (row + r < limit)[:, None] & inside
-        tile = tl.load(_base(rows, row) + offsets, mask=inside, other=0.0)
+            at = _base(rows, row) + r[:, None] * x.row + c[None, :] * x.col
+        if EVEN and CHECK:
+            tile = tl.load(at, mask=(row + r < limit)[:, None], other=0.0)
+        elif EVEN:
+            tile = tl.load(at)
+        else:
+            inside = (c < x.cols)[None, :]
+            if CHECK:
+                inside = (row + r < limit)[:, None] & inside
+            tile = tl.load(at, mask=inside, other=0.0)
     return tile
 
 
@@ -122,7 +127,7 @@ def load_pieces(
     COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
     pieces = ()
     for i in tl.static_range(WIDTH // COLS):
-        pieces = pieces + (load_rows(rows, row, limit, CHECK, BLOCK, COLS, MODE.WIDE, i * COLS),)
+        pieces = pieces + (load_rows(rows, row, limit, CHECK, BLOCK, COLS, MODE.WIDE, i * COLS, MODE.EVEN),)
     return pieces
 
 
@@ -146,11 +151,37 @@ def dot_pieces(x, y, MODE: tl.constexpr):
 
 
 @triton.jit
+def dot_rows(
+    x, x_row, x_limit, BLOCK_X: tl.constexpr, y, y_row, y_limit, BLOCK_Y: tl.constexpr, WIDTH: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """x y^T of rows of two segments, each loaded piece by piece right where it is used."""
+    COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
+    product = tl.zeros([BLOCK_X, BLOCK_Y], tl.float32)
+    for i in tl.static_range(WIDTH // COLS):
+        left = load_rows(x, x_row, x_limit, True, BLOCK_X, COLS, MODE.WIDE, i * COLS, MODE.EVEN)
+        right = load_rows(y, y_row, y_limit, True, BLOCK_Y, COLS, MODE.WIDE, i * COLS, MODE.EVEN)
+        product = tl.dot(left, right.T, product, input_precision=MODE.PRECISION)
+    return product
+
+
+@triton.jit
 def add_dot(totals, x, y, MODE: tl.constexpr):
     """totals + x y, where totals and y are in pieces of columns."""
     sums = ()
     for i in tl.static_range(len(totals)):
         sums = sums + (tl.dot(x, y[i], totals[i], input_precision=MODE.PRECISION),)
+    return sums
+
+
+@triton.jit
+def add_dot_rows(totals, x, y, row, limit, BLOCK_Y: tl.constexpr, MODE: tl.constexpr):
+    """totals + x y, where totals are in pieces, and rows y are loaded piece by piece right where they are used."""
+    sums = ()
+    COLS: tl.constexpr = totals[0].shape[1]
+    for i in tl.static_range(len(totals)):
+        right = load_rows(y, row, limit, True, BLOCK_Y, COLS, MODE.WIDE, i * COLS, MODE.EVEN)
+        sums = sums + (tl.dot(x.to(right.dtype), right, totals[i], input_precision=MODE.PRECISION),)
     return sums
 
 
@@ -203,14 +234,24 @@ def store_pieces(rows, row, limit, pieces, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_product(rows, row, limit, x, y, MODE: tl.constexpr):
-    """Add x y [BLOCK_M, columns], y in pieces of columns, to rows row .. row + BLOCK_M of fp32 sums, atomically."""
+def add_product(rows, row, limit, CHECK: tl.constexpr, x, y, MODE: tl.constexpr):
+    """Add (x^T y)^T [BLOCK_M, columns], x in pieces of columns, to rows row .. row + BLOCK_M of fp32 sums, atomically.
+
+    Columns first, and columns that Triton does not know to be neighbours: then the threads of a warp take one column
+    each. A thread that took four would add them one after the other, and a warp would touch four times as many sectors.
+    """
     r = tl.arange(0, MODE.BLOCK_M)
-    for i in tl.static_range(len(y)):
-        c = i * y[i].shape[1] + tl.arange(0, y[i].shape[1])
-        inside = (row + r < limit)[:, None] & (c < rows.x.cols)[None, :]
-        at = _base(rows, row) + (r.to(tl.int64)[:, None] * rows.x.row + c[None, :] * rows.x.col)
-        tl.atomic_add(at, tl.dot(x, y[i], input_precision=MODE.PRECISION), mask=inside, sem="relaxed")
+    apart = tl.minimum(limit, 0)
+    COLS: tl.constexpr = x[0].shape[1]
+    for i in tl.static_range(len(x)):
+        c = i * COLS + (tl.arange(0, COLS) ^ apart)
+        at = _base(rows, row) + (r.to(tl.int64)[None, :] * rows.x.row + c[:, None] * rows.x.col)
+        product = tl.dot(x[i].T, y, input_precision=MODE.PRECISION)
+        if CHECK or not MODE.EVEN:
+            inside = (c < rows.x.cols)[:, None] & (row + r < limit)[None, :]
+            tl.atomic_add(at, product, mask=inside, sem="relaxed")
+        else:
+            tl.atomic_add(at, product, sem="relaxed")
 
 
 @triton.jit

@@ -22,9 +22,6 @@ from . import bias_gradient, launching, tables
 from .common import load_stats, query_tile, score_gradient, visible_keys
 from .tables import BackwardConfig
 
-# What the smallest tiles of 512 columns of fp32 take: queries, keys, values and output gradients.
-WIDE_FP32_BYTES = 132096
-
 
 @triton.jit
 def backward_stats(
@@ -53,7 +50,7 @@ def backward_stats(
 
 @triton.jit
 def _accumulate_keys(
-    dk, dv, k, v, inputs, hk, b, tile, span, sizes, rules, scoring, operands,
+    dk, dv, keys, values, inputs, hk, b, tile, span, sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dK (before the scale) and dV of a tile of keys, over the query tiles of a span that need a mask (MASKED) or need
@@ -66,6 +63,10 @@ def _accumulate_keys(
     else:
         count = (span.full_stop - span.full_start) // MODE.BLOCK_M
     n = tile.at
+    k = tiles.load_pieces(keys, tile.first, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
+    v = k
+    if inputs.grads.k is not None:
+        v = tiles.load_pieces(values, tile.first, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
     segment = tl.minimum(b, sizes.B - 1)
     scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     for i in tl.range(0, count * sizes.group if MODE.GROUPED else count):
@@ -93,7 +94,14 @@ def _accumulate_keys(
         do = tiles.load_pieces(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
         lse2, delta = load_stats(inputs.stats, inputs.batch_q * sizes.H + h, inputs.start_q + m)
         # Transposed tiles [BLOCK_N, BLOCK_M]: P and dS are the left operands of both products.
-        s = tiles.dot_pieces(k, q, MODE)
+        # again is never anything but 0, which the compiler does not know: loads there stay loads of their own.
+        again = tl.minimum(m0, 0)
+        if MODE.AGAIN:
+            s = tiles.dot_rows(
+                keys, tile.first + again, tile.N, MODE.BLOCK_N, q_rows, m0, tile.M, MODE.BLOCK_M, MODE.BLOCK_D, MODE
+            )
+        else:
+            s = tiles.dot_pieces(k, q, MODE)
         inside = (m < tile.M)[None, :] & (n < tile.N)[:, None]
         s, slope = score_gradient(s, m[None, :], n[:, None], tile.shift, inside, head, STEPS)
         p = tl.exp2(s * head.scale2 - lse2[None, :])
@@ -107,9 +115,18 @@ def _accumulate_keys(
             kept = philox.keep_tile(head.dropout, m, tile.first, MODE.BLOCK_M, MODE.BLOCK_N).T
             dropped = tl.where(kept, p, 0.0)
         if inputs.grads.v is not None:
-            dv = tiles.add_dot(dv, dropped.to(do[0].dtype), do, MODE)
+            if MODE.AGAIN:
+                dv = tiles.add_dot_rows(dv, dropped, do_rows, m0, tile.M, MODE.BLOCK_M, MODE)
+            else:
+                dv = tiles.add_dot(dv, dropped.to(do[0].dtype), do, MODE)
         if inputs.grads.k is not None:
-            dp = tiles.dot_pieces(v, do, MODE)
+            if MODE.AGAIN:
+                dp = tiles.dot_rows(
+                    values, tile.first + again, tile.N, MODE.BLOCK_N, do_rows, m0 + again, tile.M, MODE.BLOCK_M,
+                    MODE.BLOCK_DV, MODE,
+                )  # fmt: skip
+            else:
+                dp = tiles.dot_pieces(v, do, MODE)
             if head.dropout is not None:
                 dp = tl.where(kept, dp * scoring.inverse_keep, 0.0)
             ds = p * (dp - delta[None, :]) * slope
@@ -117,10 +134,13 @@ def _accumulate_keys(
                 # A masked value may be NaN, and 0 * NaN is NaN.
                 ds = tl.where(visible, ds, 0.0)
             ds = ds.to(q[0].dtype)
-            dk = tiles.add_dot(dk, ds, q, MODE)
+            if MODE.AGAIN:
+                dk = tiles.add_dot_rows(dk, ds, q_rows, m0 + again, tile.M, MODE.BLOCK_M, MODE)
+            else:
+                dk = tiles.add_dot(dk, ds, q, MODE)
             if inputs.grads.sum_q is not None:
                 sum_rows = Rows(inputs.grads.sum_q, inputs.batch_q, h, inputs.start_q)
-                tiles.add_product(sum_rows, m0, tile.M, ds.T, k, MODE)
+                tiles.add_product(sum_rows, m0, tile.M, MASKED, k, ds, MODE)
     return dk, dv
 
 
@@ -152,19 +172,17 @@ def backward_keys(
     tile = Tile(n, n0, lo, hi, shift, used_q, used_k)
 
     # The key and value tiles stay; the loops stream queries and output gradients, head after head of the group.
-    k_tile = tiles.load_pieces(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE)
-    v_tile = k_tile
+    keys = Rows(k, batch_k, hk, start_k)
+    values = Rows(v, batch_k, hk, start_k)
     dk = tiles.zero_pieces(BLOCK_N, BLOCK_D, MODE)
     dv = tiles.zero_pieces(BLOCK_N, BLOCK_DV, MODE)
-    if grads.k is not None:
-        v_tile = tiles.load_pieces(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE)
     inputs = Queries(q, grad_out, grads, stats, batch_q, start_q, start_k)
     dk, dv = _accumulate_keys(
-        dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
+        dk, dv, keys, values, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
     )
     if rules.dense is None:
         dk, dv = _accumulate_keys(
-            dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, False
+            dk, dv, keys, values, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, False
         )
     used = (n < used_k)[:, None]
     if grads.k is not None:
@@ -177,18 +195,29 @@ def backward_keys(
 
 @triton.jit
 def _score_gradient(
-    q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr, MASKED:
-    tl.constexpr
+    q, do, q_rows, do_rows, lse2, delta, k, keys, values, n0, tile, head, inverse_keep,
+    MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dS [BLOCK_M, BLOCK_N] of a tile of rows and keys n0 .. n0 + BLOCK_N, with respect to scale * product."""
     m = tile.at
     n = n0 + tl.arange(0, MODE.BLOCK_N)
     v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
-    s = tiles.dot_pieces(q, k, MODE)
+    again = tl.minimum(n0, 0)
+    if MODE.AGAIN:
+        s = tiles.dot_rows(
+            q_rows, tile.first + again, tile.M, MODE.BLOCK_M, keys, n0, tile.N, MODE.BLOCK_N, MODE.BLOCK_D, MODE
+        )
+    else:
+        s = tiles.dot_pieces(q, k, MODE)
     inside = (m < tile.M)[:, None] & (n < tile.N)[None, :]
     s, slope = score_gradient(s, m[:, None], n[None, :], tile.shift, inside, head, STEPS)
     p = tl.exp2(s * head.scale2 - lse2[:, None])
-    dp = tiles.dot_pieces(do, v, MODE)
+    if MODE.AGAIN:
+        dp = tiles.dot_rows(
+            do_rows, tile.first + again, tile.M, MODE.BLOCK_M, values, n0, tile.N, MODE.BLOCK_N, MODE.BLOCK_DV, MODE
+        )
+    else:
+        dp = tiles.dot_pieces(do, v, MODE)
     if head.dropout is not None:
         kept = philox.keep_tile(head.dropout, m, n0, MODE.BLOCK_M, MODE.BLOCK_N)
         dp = tl.where(kept, dp * inverse_keep, 0.0)
@@ -218,7 +247,24 @@ def _accumulate_carefully(
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
             k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
-            ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, scoring.inverse_keep, MODE, STEPS, True)
+            ds = _score_gradient(
+                q,
+                do,
+                q_rows,
+                do_rows,
+                lse2,
+                delta,
+                k,
+                keys,
+                values,
+                n0,
+                tile,
+                head,
+                scoring.inverse_keep,
+                MODE,
+                STEPS,
+                True,
+            )
             part, bad = tiles.finite(tiles.load_rows(plain, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
             acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
@@ -229,7 +275,7 @@ def _accumulate_carefully(
 
 @triton.jit
 def _accumulate_queries(
-    dq, q, do, lse2, delta, keys, values, tile, span, head, inverse_keep,
+    dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, inverse_keep,
     MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dQ (before the scale) of a tile of rows, over the key tiles of a span that need a mask (MASKED) or need none."""
@@ -237,14 +283,21 @@ def _accumulate_queries(
         count = bands.masked_tiles(span, MODE.BLOCK_N)
     else:
         count = (span.full_stop - span.full_start) // MODE.BLOCK_N
+    q = tiles.load_pieces(q_rows, tile.first, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
+    do = tiles.load_pieces(do_rows, tile.first, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
     for i in tl.range(0, count):
         if MASKED:
             n0 = bands.masked_tile(span, i, MODE.BLOCK_N)
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
         k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
-        ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED)
-        dq = tiles.add_dot(dq, ds.to(k[0].dtype), k, MODE)
+        ds = _score_gradient(
+            q, do, q_rows, do_rows, lse2, delta, k, keys, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED
+        )
+        if MODE.AGAIN:
+            dq = tiles.add_dot_rows(dq, ds, keys, n0 + tl.minimum(n0, 0), tile.N, MODE.BLOCK_N, MODE)
+        else:
+            dq = tiles.add_dot(dq, ds.to(k[0].dtype), k, MODE)
     return dq
 
 
@@ -274,16 +327,27 @@ def backward_queries(
     q_rows, do_rows = Rows(q, place.batch_q, h, place.start_q), Rows(grad_out, place.batch_q, h, place.start_q)
     if sum_q is None:
         # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
-        q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
-        do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
         lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
         dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE)
         dq = _accumulate_queries(
-            dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
+            dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
         )
         if rules.dense is None:
             dq = _accumulate_queries(
-                dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, False
+                dq,
+                q_rows,
+                do_rows,
+                lse2,
+                delta,
+                keys,
+                values,
+                tile,
+                span,
+                head,
+                scoring.inverse_keep,
+                MODE,
+                STEPS,
+                False,
             )
     else:
         sums = Rows(sum_q, place.batch_q, h, place.start_q)
@@ -304,13 +368,7 @@ def backward_queries(
 
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
-    yield from launching.why_not(problem)
-    wide = max(problem.head_dim, problem.head_dim_v) > 256 and problem.dtype == torch.float32
-    if problem.hardware.type == "cuda" and wide and problem.hardware.shared_memory < WIDE_FP32_BYTES:
-        yield (
-            f"the backward of float32 with head dims over 256 needs {WIDE_FP32_BYTES} bytes of shared memory a block, "
-            f"the GPU has {problem.hardware.shared_memory}"
-        )
+    return launching.why_not(problem)
 
 
 def config(problem: Problem) -> BackwardConfig:

@@ -132,7 +132,21 @@ def _piece(problem: Problem, config: Config, rows: int) -> int:
     through shared memory.
     """
     grouped = problem.hardware.capability[0] in (9, 10, 11)
-    return 512 if grouped or rows < 16 * config.num_warps else rows
+    if grouped:
+        return 512
+    if config.piece:
+        return config.piece
+    return rows if rows >= 16 * config.num_warps else 128
+
+
+def _again(problem: Problem) -> bool:
+    """Whether loops load all that they read at each product.
+
+    Products of fp32 keep each operand twice in shared memory, its high and its low bits; where memory is short, no tile
+    as wide as the largest heads can stay there.
+    """
+    wide = max(problem.head_dim, problem.head_dim_v) > 256 and problem.dtype == torch.float32
+    return wide and problem.hardware.shared_memory < 200 * 1024
 
 
 def mode(problem: Problem, config: Config, rows: int = 0) -> Mode:
@@ -148,6 +162,8 @@ def mode(problem: Problem, config: Config, rows: int = 0) -> Mode:
         width,
         width_v,
         piece,
+        (problem.head_dim, problem.head_dim_v) == (width, width_v),
+        _again(problem),
         problem.mask.bounds_left,
         problem.mask.align == "bottom-right",
         problem.precision if problem.dtype == torch.float32 else "ieee",

@@ -20,13 +20,15 @@ BUCKETS = (64, 128, 256, 512)
 
 
 class Config(NamedTuple):
-    """One way to run a kernel. `tma`: load tiles by tensor descriptors where the strides allow it."""
+    """One way to run a kernel. `tma`: load tiles by tensor descriptors where the strides allow it; `piece`: the most
+    columns of one accumulator where warps multiply alone, 0 for as many as it has rows."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     tma: bool = False
+    piece: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
