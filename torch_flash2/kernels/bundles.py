@@ -107,8 +107,9 @@ class Grads(NamedTuple):
 
 class Mode(NamedTuple):
     """Compile-time numbers: tile sizes, the most columns in a piece of a tile as wide as a head, whether head dims fill
-    the tiles, whether loops load all that they read at each product, whether bands bound keys on the left, alignment, precision of products, whether
-    offsets inside a tile need 64 bits, and whether several query heads share a key head."""
+    the tiles, whether loops load all that they read at each product, whether bands bound keys on the left, alignment,
+    precision of products, whether offsets inside a tile need 64 bits, and whether several query heads share a key
+    head."""
 
     BLOCK_M: int
     BLOCK_N: int
