@@ -37,30 +37,33 @@ def tile_count(cu, B, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_segment(cu, B, tile, BLOCK: tl.constexpr):
-    """The last segment b of 0 .. B whose first tile is not after `tile`, by bisection."""
-    low = 0
-    high = B
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(cu + middle) // BLOCK + middle <= tile:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """The last segment b of 0 .. B whose first tile is not after `tile`, by counting: no load waits for another."""
+    count = 0
+    for first in range(0, B + 1, 128):
+        b = first + tl.arange(0, 128)
+        start = tl.load(cu + b, mask=b <= B, other=0) // BLOCK + b
+        count += tl.sum(((b <= B) & (start <= tile)).to(tl.int32), 0)
+    return tl.maximum(count - 1, 0)
 
 
 @triton.jit
 def locate(pid, cu, B, heads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Tile, head and segment of a program. LAST_FIRST: of rows, the last tiles are the longest under a causal mask."""
+    """Tile, head and segment of a program. LAST_FIRST: of rows, the last tiles are the longest under a causal mask.
+
+    Neighbours share a head, and its keys; where packed, they share a tile: then the last programs to start are the
+    shortest of the last document in all heads, and not all tiles of all documents in the last head.
+    """
     tiles = tile_count(cu, B, length, BLOCK)
-    tile = pid % tiles
+    if cu is None:
+        tile = pid % tiles
+        head = pid // tiles % heads
+        b = pid // tiles // heads
+    else:
+        tile = pid // heads
+        head = pid % heads
     if LAST_FIRST:
         tile = tiles - 1 - tile
-    rest = pid // tiles
-    head = rest % heads
-    if cu is None:
-        b = rest // heads
-    else:
+    if cu is not None:
         b = _find_segment(cu, B, tile, BLOCK)
         tile -= tl.load(cu + b) // BLOCK + b
     return tile, head, b
