@@ -376,6 +376,12 @@ def config(problem: Problem) -> BackwardConfig:
     return tables.backward(problem)
 
 
+def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
+    """What the problem does not allow in a forced configuration."""
+    if config.atomics and problem.deterministic:
+        yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
+
+
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     """Configurations worth measuring: each kernel's, beside the other's default."""
     default = tables.backward(problem)
