@@ -181,6 +181,12 @@ def test_atomics_are_refused_where_bits_must_repeat() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def test_wide_fp32_loads_again() -> None:
+    # Where shared memory is short, loops load at each product.
+    with torch_flash2.force("triton"):
+        check(Case("wide", 1, 2, 1, 20, 35, 300, 260, "fp32", "causal", dropout_p=0.2))
+
+
 def test_rounding_of_out() -> None:
     # One row of few keys, where plain PyTorch is nearly exact: the key's gradient has the rounding of out in delta.
     case = Case("delta", 2, 2, 2, 1, 11, 11, 5, "fp16", bias="N", dropout_p=0.3, scale=-0.3)

@@ -132,7 +132,7 @@ def _piece(problem: Problem, config: Config, rows: int) -> int:
     through shared memory.
     """
     grouped = problem.hardware.capability[0] in (9, 10, 11)
-    if grouped:
+    if grouped or not rows:
         return 512
     if config.piece:
         return config.piece

@@ -93,8 +93,8 @@ def lookup(kernel: str, problem: Problem) -> Config | None:
     gpu = "small" if small else gpu_class(problem.hardware)
     config = _row(kernel, gpu, bits, bucket)
     if config is not None and problem.hardware.type == "cpu":
-        # Triton's interpreter: small tiles find more edges, and the cost is per tile.
-        config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32))
+        # Triton's interpreter: small tiles and pieces find more edges, and the cost is per tile.
+        config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32), piece=32)
     return config
 
 
