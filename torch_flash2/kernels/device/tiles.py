@@ -244,7 +244,7 @@ def add_product(rows, row, limit, CHECK: tl.constexpr, x, y, MODE: tl.constexpr)
     each. A thread that took four would add them one after the other, and a warp would touch four times as many sectors.
     """
     r = tl.arange(0, MODE.BLOCK_M)
-    apart = tl.minimum(limit, 0)
+    apart = tl.minimum(limit, 0) if MODE.PIECE < 512 else 0
     COLS: tl.constexpr = x[0].shape[1]
     for i in tl.static_range(len(x)):
         c = i * COLS + (tl.arange(0, COLS) ^ apart)

@@ -93,13 +93,13 @@ def _attend_carefully(
 
 
 @triton.jit
-def attention_forward(
-    q, k, v, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
-    tl.constexpr,
+def _forward_tile(
+    pid, q, k, v, out, lse_ptr, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one head: out [BLOCK_M, Dv] and lse [BLOCK_M]."""
+    """One tile of query rows of one head: out and lse; or, CAREFUL, out again. Returns whether out has a NaN."""
     sizes = tiles.sizes_of(coded_sizes)
-    h, b, place, tile, span = query_tile(tl.program_id(0), spans, sizes, rules, MODE, STEPS)
+    h, b, place, tile, span = query_tile(pid, spans, sizes, rules, MODE, STEPS)
     keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
     values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
     segment = tl.minimum(b, sizes.B - 1)
@@ -115,40 +115,63 @@ def attention_forward(
 
     # The query tile stays; the loops stream keys and values.
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    lse_at = lse_ptr + (tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q + tile.at)
+    out_rows = Rows(out, place.batch_q, h, place.start_q)
     q_rows = Rows(q, place.batch_q, h, place.start_q)
     q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
-    acc = tiles.zero_pieces(MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc, row_max, row_sum = _attend(acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True)
-    if rules.dense is None:
-        acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, False
+    if CAREFUL:
+        lse = tl.load(lse_at, mask=tile.at < place.stored, other=-float("inf"))
+        _attend_carefully(
+            out_rows, lse, q_tile, keys, values, place, tile, span, head, scoring.inverse_keep, MODE, STEPS
         )
-
-    # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
-    none = (row_sum == 0.0) | (tile.at >= tile.M)
-    if operands.sinks is not None:
-        sink = tl.load(operands.sinks + h).to(tl.float32) * scores.LOG2E
-        new_max = tl.maximum(row_max, sink)
-        decay = tl.exp2(row_max - new_max)
-        acc = tiles.scale_pieces(acc, decay[:, None])
-        row_sum = row_sum * decay + tl.exp2(sink - new_max)
-        row_max = new_max
-    weight = scoring.inverse_keep / tl.where(none, 1.0, row_sum)
-    acc = tiles.keep_pieces(~none[:, None], tiles.scale_pieces(acc, weight[:, None]))
-    lse = tl.where(none, -float("inf"), (row_max + tl.log2(tl.where(none, 1.0, row_sum))) * scores.LN2)
-    at = lse_ptr + (tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q + tile.at)
-    tl.store(at, lse, mask=tile.at < place.stored)
-    out_rows = Rows(out, place.batch_q, h, place.start_q)
-    tiles.store_pieces(out_rows, place.row, place.stored, acc, MODE.BLOCK_M)
-    if len(STEPS.KEYS) > 0 or rules.dense is not None:
-        # NaN here may come from a value that no row of the tile sees.
-        if tiles.any_nan(acc):
-            plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
-            _attend_carefully(
-                out_rows, lse, q_tile, keys, plain, place, tile, span, head, scoring.inverse_keep, MODE, STEPS
+        found = False
+    else:
+        acc = tiles.zero_pieces(MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
+        row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True
+        )
+        if rules.dense is None:
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, False
             )
+
+        # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
+        none = (row_sum == 0.0) | (tile.at >= tile.M)
+        if operands.sinks is not None:
+            sink = tl.load(operands.sinks + h).to(tl.float32) * scores.LOG2E
+            new_max = tl.maximum(row_max, sink)
+            decay = tl.exp2(row_max - new_max)
+            acc = tiles.scale_pieces(acc, decay[:, None])
+            row_sum = row_sum * decay + tl.exp2(sink - new_max)
+            row_max = new_max
+        weight = scoring.inverse_keep / tl.where(none, 1.0, row_sum)
+        acc = tiles.keep_pieces(~none[:, None], tiles.scale_pieces(acc, weight[:, None]))
+        lse = tl.where(none, -float("inf"), (row_max + tl.log2(tl.where(none, 1.0, row_sum))) * scores.LN2)
+        tl.store(lse_at, lse, mask=tile.at < place.stored)
+        tiles.store_pieces(out_rows, place.row, place.stored, acc, MODE.BLOCK_M)
+        found = tiles.any_nan(acc)
+    return found
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
+    tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one head: out [BLOCK_M, Dv] and lse [BLOCK_M]."""
+    pid = tl.program_id(0)
+    found = _forward_tile(pid, q, k, v, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE, STEPS, False)
+    if len(STEPS.KEYS) > 0 or rules.dense is not None:
+        # NaN here may come from a value that no row of the tile sees. All is computed anew from the launch's arguments:
+        # what this path shared with the loops above would take registers from them.
+        if found:
+            tl.debug_barrier()
+            _forward_tile(
+                pid + tl.minimum(pid, 0), q, k, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands,
+                MODE, STEPS, True,
+            )  # fmt: skip
 
 
 def why_not(problem: Problem) -> Iterator[str]:
