@@ -230,7 +230,7 @@ def _score_gradient(
 
 @triton.jit
 def _accumulate_carefully(
-    grad, q_rows, do_rows, stats, keys, plain, values, place, tile, span, head, scoring, bh,
+    grad, q_rows, do_rows, lse2, delta, keys, values, place, tile, span, head, scoring,
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dQ again where some key is NaN or infinite: keys made finite, and an element NaN only where its row sees one that
@@ -241,7 +241,6 @@ def _accumulate_carefully(
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
     do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
-    lse2, delta = load_stats(stats, bh, place.start_q + tile.at)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -265,7 +264,7 @@ def _accumulate_carefully(
                 STEPS,
                 True,
             )
-            part, bad = tiles.finite(tiles.load_rows(plain, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
+            part, bad = tiles.finite(tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
             acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
             taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
@@ -302,15 +301,15 @@ def _accumulate_queries(
 
 
 @triton.jit
-def backward_queries(
-    q, k, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
-    MODE: tl.constexpr, STEPS: tl.constexpr,
+def _query_gradient(
+    pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of query rows of one head."""
+    """dQ of one tile of query rows of one head, CAREFUL: on the path for NaN. Returns whether dQ has a NaN."""
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     BLOCK_D: tl.constexpr = MODE.BLOCK_D
     sizes = tiles.sizes_of(coded_sizes)
-    h, b, place, tile, span = query_tile(tl.program_id(0), spans, sizes, rules, MODE, STEPS)
+    h, b, place, tile, span = query_tile(pid, spans, sizes, rules, MODE, STEPS)
     keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
     values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
     segment = tl.minimum(b, sizes.B - 1)
@@ -324,45 +323,55 @@ def backward_queries(
         dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
     head = Head(scoring.scale, scale2, steps, dropout, dense)
 
-    q_rows, do_rows = Rows(q, place.batch_q, h, place.start_q), Rows(grad_out, place.batch_q, h, place.start_q)
-    if sum_q is None:
-        # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
-        lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
-        dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE)
-        dq = _accumulate_queries(
-            dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
-        )
-        if rules.dense is None:
-            dq = _accumulate_queries(
-                dq,
-                q_rows,
-                do_rows,
-                lse2,
-                delta,
-                keys,
-                values,
-                tile,
-                span,
-                head,
-                scoring.inverse_keep,
-                MODE,
-                STEPS,
-                False,
-            )
-    else:
-        sums = Rows(sum_q, place.batch_q, h, place.start_q)
-        dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
-    used = (tile.at < tile.M)[:, None]
-    dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
+    q_rows = Rows(q, place.batch_q, h, place.start_q)
+    do_rows = Rows(grad_out, place.batch_q, h, place.start_q)
     grad = Rows(grad_q, place.batch_q, h, place.start_q)
-    tiles.store_pieces(grad, place.row, place.stored, dq, BLOCK_M)
+    lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
+    if CAREFUL:
+        _accumulate_carefully(
+            grad, q_rows, do_rows, lse2, delta, keys, values, place, tile, span, head, scoring, MODE, STEPS
+        )
+        found = False
+    else:
+        if sum_q is None:
+            # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
+            dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE)
+            dq = _accumulate_queries(
+                dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep,
+                MODE, STEPS, True,
+            )  # fmt: skip
+            if rules.dense is None:
+                dq = _accumulate_queries(
+                    dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep,
+                    MODE, STEPS, False,
+                )  # fmt: skip
+        else:
+            sums = Rows(sum_q, place.batch_q, h, place.start_q)
+            dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
+        used = (tile.at < tile.M)[:, None]
+        dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
+        tiles.store_pieces(grad, place.row, place.stored, dq, BLOCK_M)
+        found = tiles.any_nan(dq)
+    return found
+
+
+@triton.jit
+def backward_queries(
+    q, k, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of query rows of one head."""
+    pid = tl.program_id(0)
+    found = _query_gradient(
+        pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands, MODE, STEPS, False
+    )
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
-        # NaN here may come from a key that no row of the tile sees.
-        if tiles.any_nan(dq):
-            plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
-            _accumulate_carefully(
-                grad, q_rows, do_rows, stats, keys, plain, values, place, tile, span, head, scoring,
-                place.batch_q * sizes.H + h, MODE, STEPS,
+        # NaN here may come from a key that no row of the tile sees. All is computed anew from the launch's arguments:
+        # what this path shared with the loops above would take registers from them.
+        if found:
+            _query_gradient(
+                pid + tl.minimum(pid, 0), q, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules,
+                scoring, operands, MODE, STEPS, True,
             )  # fmt: skip
 
 
