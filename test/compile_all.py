@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 # A script's own folder is on the path, the clone that it belongs to is not.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from torch_flash2 import dispatch, hardware, problem  # noqa: E402
+from torch_flash2 import dispatch, hardware, problem, settings  # noqa: E402
 from torch_flash2.testing import DTYPES, Case  # noqa: E402
 
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
@@ -100,7 +100,8 @@ def posed(case: Case, direction: str, arch: str) -> tuple[problem.Problem, probl
         call = attention._call(*inputs.arguments, **inputs.keywords, pages=None)
     call = offline.on_meta(call)
     found = problem.of(call, direction, direction == "backward", case.bias is not None)
-    return dataclasses.replace(found, hardware=hardware.simulated(arch)), call
+    precision = settings.matmul_precision("cuda") if case.dtype == "fp32" else found.precision
+    return dataclasses.replace(found, hardware=hardware.simulated(arch), precision=precision), call
 
 
 def compile_case(case: Case, direction: str, arch: str, kernel: str = "triton") -> tuple[problem.Problem, list[Any]]:

@@ -158,6 +158,42 @@ def test_random(row: dict[str, Any], seed: int) -> None:
         check(case_of(row, str(row)), seed=seed)
 
 
+# The backward that sums dQ by atomics, and its refusal.
+
+
+@pytest.mark.parametrize("case", PAIRS[3::8], ids=lambda case: case.name)
+def test_atomics(case: Case) -> None:
+    with torch_flash2.force("triton", {"atomics": True}):
+        check(case)
+
+
+def test_atomics_are_refused_where_bits_must_repeat() -> None:
+    case = Case("x", 1, 1, 1, 16, 16, 16, 16, "fp32")
+    inputs = case.inputs()
+    query = inputs.query.requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch_flash2.force("triton", {"atomics": True}):
+            out = torch_flash2.attention(query, inputs.key, inputs.value)
+            with pytest.raises(torch_flash2.UnsupportedError, match="atomics add in an order that varies"):
+                out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_wide_fp32_loads_again() -> None:
+    # Where shared memory is short, loops load at each product.
+    with torch_flash2.force("triton"):
+        check(Case("wide", 1, 2, 1, 20, 35, 300, 260, "fp32", "causal", dropout_p=0.2))
+
+
+def test_rounding_of_out() -> None:
+    # One row of few keys, where plain PyTorch is nearly exact: the key's gradient has the rounding of out in delta.
+    case = Case("delta", 2, 2, 2, 1, 11, 11, 5, "fp16", bias="N", dropout_p=0.3, scale=-0.3)
+    with torch_flash2.force("triton"):
+        check(case, seed=39)
+
+
 # Tiles that are not square, which the interpreter's own configuration never has.
 
 
@@ -204,11 +240,11 @@ LEAKS = (
 )
 
 
-def run_all(inputs: oracle.Inputs) -> dict[str, torch.Tensor]:
+def run_all(inputs: oracle.Inputs, config: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """Out, lse and every gradient on the Triton kernels; the gradient that arrives at out is 1."""
     leaves: dict[str, Any] = {name: leaf.detach().requires_grad_() for name, leaf in inputs.leaves.items()}
     torch.manual_seed(0)
-    with torch_flash2.force("triton"), testing.poisoned():
+    with torch_flash2.force("triton", config), testing.poisoned():
         out, lse = testing.run_attention(inputs._replace(**leaves))
         gradients = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -231,6 +267,16 @@ def sees(inputs: oracle.Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["key", "value"])
 def test_no_leak(options: dict[str, Any], poison: float, where: str) -> None:
+    check_leak(options, poison, where)
+
+
+@pytest.mark.parametrize("options", LEAKS[::2], ids=str)
+def test_no_leak_atomics(options: dict[str, Any]) -> None:
+    check_leak(options, torch.nan, "key", {"atomics": True})
+
+
+def check_leak(options: dict[str, Any], poison: float, where: str, config: dict[str, Any] | None = None) -> None:
+    """What a run gives where some keys or values are not finite, against a run where all are."""
     sizes = dict(heads=2, heads_kv=1, seqlen_q=70, seqlen_k=70, head_dim=16, head_dim_v=16)
     case = Case("leak", **{"dtype": "fp32", **sizes, **options, "batch": len(options.get("documents", "1"))})
     clean = case.inputs()
@@ -239,7 +285,7 @@ def test_no_leak(options: dict[str, Any], poison: float, where: str) -> None:
     tensor = getattr(clean, where).clone()
     tensor[:, :, bad, column] = poison
     dirty = clean._replace(**{where: tensor})
-    found, wanted = run_all(dirty), run_all(clean)
+    found, wanted = run_all(dirty, config), run_all(clean, config)
 
     visible = sees(clean)
     rows = ~visible[:, bad].any(dim=1)

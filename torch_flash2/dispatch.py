@@ -7,9 +7,10 @@ A kernel is a module with four names:
     candidates(problem) -> Iterator[Config] what is worth measuring
     launch(problem, config, call, ...)      run it
 
-and, where it has them, two more:
+and, where it has them, more:
 
     rather_not(problem) -> Iterator[str]    why it leaves to a later kernel what it could run; unless forced
+    forbids(problem, config) -> Iterator[str]  what the problem does not allow in a forced config
     record(problem, config, call, ...)      run it, and record the launch for calls alike
 
 Kernels are named by string and imported on first use.
@@ -148,6 +149,10 @@ def _override(config: Any, chosen: Mapping[str, Any]) -> Any:
     return config._replace(**parts)
 
 
+def _nothing(problem: Problem, config: Any) -> tuple[str, ...]:
+    return ()
+
+
 def select(problem: Problem, force: str | None = None) -> Plan:
     """The plan for a problem: the first kernel that can run it, or the forced one.
 
@@ -177,6 +182,8 @@ def _select(problem: Problem, force: str | None) -> Plan:
             config = kernel(candidate, problem.direction).config(problem)
             if overrides and config is not None:
                 config = _override(config, json.loads(overrides))
-            return Plan(problem, candidate, config, tuple(rejected), bool(name))
+                reasons = tuple(getattr(kernel(candidate, problem.direction), "forbids", _nothing)(problem, config))
+            if not reasons:
+                return Plan(problem, candidate, config, tuple(rejected), bool(name))
         rejected.append((candidate, reasons))
     return Plan(problem, "", None, tuple(rejected), bool(name))

@@ -108,15 +108,28 @@ class RowStats(NamedTuple):
     pitch: int
 
 
+class Grads(NamedTuple):
+    """Where dK, dV and, fp32 and before the scale, sums of dQ go; None where one is not wanted of this launch."""
+
+    k: Any
+    v: Any
+    sum_q: Any
+
+
 class Mode(NamedTuple):
-    """Compile-time numbers: tile sizes, whether the bands bound keys on the left, alignment, precision of products,
-    whether offsets inside a tile need 64 bits, whether several query heads share a key head, the page size, 0 where
-    keys are not paged, whether the value is the key's first columns, and then the tile width of its other columns."""
+    """Compile-time numbers: tile sizes, the most columns in a piece of a tile as wide as a head, whether head dims fill
+    the tiles, whether loops load all that they read at each product, whether bands bound keys on the left, alignment,
+    precision of products, whether offsets inside a tile need 64 bits, whether several query heads share a key head, the
+    page size, 0 where keys are not paged, whether the value is the key's first columns, and then the tile width of its
+    other columns."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_D: int
     BLOCK_DV: int
+    PIECE: int
+    EVEN: bool
+    AGAIN: bool
     LEFT: bool
     BOTTOM_RIGHT: bool
     PRECISION: str
@@ -167,12 +180,11 @@ class PagedRows(NamedTuple):
 
 class Queries(NamedTuple):
     """What streams past a tile of keys: queries, output gradients and row statistics, and where the segment starts in
-    them; and where dK and dV go, None where one is not wanted."""
+    them; and Grads."""
 
     q: Any
     grad_out: Any
-    grad_k: Any
-    grad_v: Any
+    grads: Any
     stats: Any
     batch_q: Any
     start_q: Any

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..bundles import Span
+from . import tiles
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def intersect(x, limit, M, N, shift, numbers, BANDS: tl.constexpr):
     for i in tl.static_range(len(BANDS)):
         decoded = ()
         for j in tl.static_range(len(numbers[i])):
-            decoded = decoded + ((numbers[i][j] - 3) // 2,)
+            decoded = decoded + (tiles.decoded(numbers[i][j]),)
         band_lo, band_hi = BANDS[i](x, M, N, shift, decoded)
         lo = tl.maximum(lo, band_lo)
         hi = tl.minimum(hi, band_hi)

@@ -6,6 +6,8 @@ Counter (b, h, m, n // 4), word n % 4; a score is kept iff its word is at least 
 import triton
 import triton.language as tl
 
+from . import tiles
+
 
 @triton.jit
 def load_key(seed_ptr):
@@ -18,8 +20,8 @@ def load_key(seed_ptr):
 @triton.jit
 def threshold_of(scoring):
     """Dropout's threshold, uint32, from its coded halves."""
-    high = tl.cast((scoring.threshold_high - 3) // 2, tl.uint32)
-    return (high << 16) | tl.cast((scoring.threshold_low - 3) // 2, tl.uint32)
+    high = tl.cast(tiles.decoded(scoring.threshold_high), tl.uint32)
+    return (high << 16) | tl.cast(tiles.decoded(scoring.threshold_low), tl.uint32)
 
 
 @triton.jit

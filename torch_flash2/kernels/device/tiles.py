@@ -11,9 +11,15 @@ from ..bundles import PagedRows, Sizes
 
 
 @triton.jit
+def decoded(number):
+    """The number behind `bundles.coded`."""
+    return (number - 3) // 2
+
+
+@triton.jit
 def sizes_of(coded):
     """The sizes behind a launch's `Sizes.coded`."""
-    return Sizes((coded.B - 3) // 2, (coded.H - 3) // 2, (coded.group - 3) // 2, (coded.M - 3) // 2, (coded.N - 3) // 2)
+    return Sizes(decoded(coded.B), decoded(coded.H), decoded(coded.group), decoded(coded.M), decoded(coded.N))
 
 
 @triton.jit
@@ -44,18 +50,35 @@ def find_segment(cu, B, tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _count_segments(cu, B, tile, BLOCK: tl.constexpr):
+    """As find_segment, by counting: no load waits for another. Not for Gluon, which wants a layout for each tensor."""
+    count = 0
+    for first in range(0, B + 1, 128):
+        b = first + tl.arange(0, 128)
+        start = tl.load(cu + b, mask=b <= B, other=0) // BLOCK + b
+        count += tl.sum(((b <= B) & (start <= tile)).to(tl.int32), 0)
+    return tl.maximum(count - 1, 0)
+
+
+@triton.jit
 def locate(pid, cu, B, heads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Tile, head and segment of a program. LAST_FIRST: of rows, the last tiles are the longest under a causal mask."""
+    """Tile, head and segment of a program. LAST_FIRST: of rows, the last tiles are the longest under a causal mask.
+
+    Neighbours share a head, and its keys; where packed, they share a tile: then the last programs to start are the
+    shortest of the last document in all heads, and not all tiles of all documents in the last head.
+    """
     tiles = tile_count(cu, B, length, BLOCK)
-    tile = pid % tiles
+    if cu is None:
+        tile = pid % tiles
+        head = pid // tiles % heads
+        b = pid // tiles // heads
+    else:
+        tile = pid // heads
+        head = pid % heads
     if LAST_FIRST:
         tile = tiles - 1 - tile
-    rest = pid // tiles
-    head = rest % heads
-    if cu is None:
-        b = rest // heads
-    else:
-        b = find_segment(cu, B, tile, BLOCK)
+    if cu is not None:
+        b = _count_segments(cu, B, tile, BLOCK)
         tile -= tl.load(cu + b) // BLOCK + b
     return tile, head, b
 
@@ -83,33 +106,53 @@ def extent(b, cu, used, B, length):
 
 
 @triton.jit
-def load_rows(rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    """Rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's are 0, and rows past limit where
-    CHECK."""
+def load_rows(
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+    column=0, EVEN: tl.constexpr = False,
+):  # fmt: skip
+    """Columns column .. column + COLS of rows row .. row + BLOCK of a segment, [BLOCK, COLS]; columns past the tensor's
+    are 0, and rows past limit where CHECK."""
     x = rows.x
     r = tl.arange(0, BLOCK)
     if isinstance(x, tl.tensor_descriptor):
-        tile = x.load([rows.batch, rows.head, rows.start + row, 0]).reshape(BLOCK, COLS)
+        tile = x.load([rows.batch, rows.head, rows.start + row, column]).reshape(BLOCK, COLS)
         if CHECK:
             tile = tl.where((row + r < limit)[:, None], tile, 0.0)
     else:
-        c = tl.arange(0, COLS)
+        c = column + tl.arange(0, COLS)
         if WIDE:
-            offsets = r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col
+            at = base_of(rows, row) + r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col
         else:
-            offsets = r[:, None] * x.row + c[None, :] * x.col
-        inside = (c < x.cols)[None, :]
-        if CHECK:
-            inside = (row + r < limit)[:, None] & inside
-        tile = tl.load(base_of(rows, row) + offsets, mask=inside, other=0.0)
+            at = base_of(rows, row) + r[:, None] * x.row + c[None, :] * x.col
+        if EVEN and CHECK:
+            tile = tl.load(at, mask=(row + r < limit)[:, None], other=0.0)
+        elif EVEN:
+            tile = tl.load(at)
+        else:
+            inside = (c < x.cols)[None, :]
+            if CHECK:
+                inside = (row + r < limit)[:, None] & inside
+            tile = tl.load(at, mask=inside, other=0.0)
     return tile
+
+
+@triton.jit
+def load_pieces(
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
+    """load_rows of WIDTH columns, as a tuple of pieces of at most MODE.PIECE columns."""
+    COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
+    pieces = ()
+    for i in tl.static_range(WIDTH // COLS):
+        pieces = pieces + (load_rows(rows, row, limit, CHECK, BLOCK, COLS, MODE.WIDE, i * COLS, MODE.EVEN),)
+    return pieces
 
 
 @triton.jit
 def paged_rows(x, b, head, paging):
     """The rows of segment b where keys are paged."""
-    table = paging.table + tl.cast(b, tl.int64) * ((paging.row - 3) // 2)
-    return PagedRows(x, table, (paging.pages - 3) // 2, head)
+    table = paging.table + tl.cast(b, tl.int64) * decoded(paging.row)
+    return PagedRows(x, table, decoded(paging.pages), head)
 
 
 @triton.jit
@@ -128,78 +171,134 @@ def page_numbers(rows, row, limit, BLOCK: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _paged(rows, pages, row, c, BLOCK: tl.constexpr, PAGE: tl.constexpr):
-    """Pointers to columns c of rows row .. row + BLOCK of a segment in pages."""
+def _load_paged(rows, pages, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr):
+    """As load_rows, checked, of rows in the pages that `page_numbers` gave."""
     x = rows.x
+    r = tl.arange(0, BLOCK)
+    c = column + tl.arange(0, COLS)
     base = x.ptr + tl.cast(rows.head, tl.int64) * x.head
     if PAGE % BLOCK == 0:
         base += pages.to(tl.int64) * x.batch + tl.cast(row % PAGE, tl.int64) * x.row
-        return base + (tl.arange(0, BLOCK)[:, None] * x.row + c[None, :] * x.col)
+        at = base + (r[:, None] * x.row + c[None, :] * x.col)
     else:
-        at = pages.to(tl.int64) * x.batch + (row + tl.arange(0, BLOCK)) % PAGE * x.row
-        return (base + at)[:, None] + c[None, :] * x.col
+        at = (base + (pages.to(tl.int64) * x.batch + (row + r) % PAGE * x.row))[:, None] + c[None, :] * x.col
+    return tl.load(at, mask=(row + r < limit)[:, None] & (c < x.cols)[None, :], other=0.0)
 
 
 @triton.jit
 def load_keys_of(
-    rows, pages, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr,
-    WIDE: tl.constexpr,
+    rows, pages, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr
 ):  # fmt: skip
-    """As load_rows, of rows in the pages that `page_numbers` gave, always checked; or as load_rows where PAGE is 0."""
-    if PAGE > 0:
-        c = tl.arange(0, COLS)
-        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < rows.x.cols)[None, :]
-        return tl.load(_paged(rows, pages, row, c, BLOCK, PAGE), mask=inside, other=0.0)
+    """As load_pieces, of rows in the pages that `page_numbers` gave, always checked; or as load_pieces where MODE.PAGE
+    is 0."""
+    if MODE.PAGE > 0:
+        COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
+        pieces = ()
+        for i in tl.static_range(WIDTH // COLS):
+            pieces = pieces + (_load_paged(rows, pages, row, limit, i * COLS, BLOCK, COLS, MODE.PAGE),)
+        return pieces
     else:
-        return load_rows(rows, row, limit, CHECK, BLOCK, COLS, WIDE)
+        return load_pieces(rows, row, limit, CHECK, BLOCK, WIDTH, MODE)
 
 
 @triton.jit
 def load_keys(
-    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr,
-    WIDE: tl.constexpr,
+    rows, row, limit, CHECK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr
 ):  # fmt: skip
-    """As load_rows, of rows in pages where PAGE is not 0."""
-    pages = page_numbers(rows, row, limit, BLOCK, PAGE)
-    return load_keys_of(rows, pages, row, limit, CHECK, BLOCK, COLS, PAGE, WIDE)
+    """As load_pieces, of rows in pages where MODE.PAGE is not 0."""
+    pages = page_numbers(rows, row, limit, BLOCK, MODE.PAGE)
+    return load_keys_of(rows, pages, row, limit, CHECK, BLOCK, WIDTH, MODE)
 
 
 @triton.jit
-def load_key_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr):
-    """As load_columns, of rows in pages where PAGE is not 0."""
+def load_key_columns(rows, pages, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr, PAGE: tl.constexpr):
+    """Columns column .. column + COLS of rows row .. row + BLOCK of a segment, 0 outside, in the pages that
+    `page_numbers` gave where PAGE is not 0."""
     if PAGE > 0:
-        c = column + tl.arange(0, COLS)
-        inside = (row + tl.arange(0, BLOCK) < limit)[:, None] & (c < rows.x.cols)[None, :]
-        pages = page_numbers(rows, row, limit, BLOCK, PAGE)
-        return tl.load(_paged(rows, pages, row, c, BLOCK, PAGE), mask=inside, other=0.0)
+        return _load_paged(rows, pages, row, limit, column, BLOCK, COLS, PAGE)
     else:
-        return load_columns(rows, row, limit, column, BLOCK, COLS)
+        return load_rows(rows, row, limit, True, BLOCK, COLS, True, column)
 
 
 @triton.jit
-def store_rows(rows, row, limit, tile, BLOCK: tl.constexpr, COLS: tl.constexpr):
-    """Store [BLOCK, COLS] as rows row .. row + BLOCK of a segment, those below limit."""
-    x = rows.x
-    r = tl.arange(0, BLOCK)
-    c = tl.arange(0, COLS)
-    inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
-    tl.store(
-        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c[None, :] * x.col),
-        tile.to(x.ptr.dtype.element_ty),
-        mask=inside,
-    )
+def zero_pieces(BLOCK: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr):
+    """An fp32 accumulator [BLOCK, WIDTH] of zeros, in pieces."""
+    COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
+    pieces = ()
+    for _ in tl.static_range(WIDTH // COLS):
+        pieces = pieces + (tl.zeros([BLOCK, COLS], tl.float32),)
+    return pieces
 
 
 @triton.jit
-def load_columns(rows, row, limit, column, BLOCK: tl.constexpr, COLS: tl.constexpr):
-    """Columns column .. column + COLS of rows row .. row + BLOCK of a segment, by pointer; 0 outside."""
-    x = rows.x
-    r = tl.arange(0, BLOCK)
-    c = column + tl.arange(0, COLS)
-    inside = (row + r < limit)[:, None] & (c < x.cols)[None, :]
-    return tl.load(
-        base_of(rows, row) + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col), mask=inside, other=0.0
-    )
+def dot_pieces(x, y, MODE: tl.constexpr):
+    """x y^T of two tiles in pieces of columns."""
+    product = tl.dot(x[0], y[0].T, input_precision=MODE.PRECISION)
+    for i in tl.static_range(1, len(x)):
+        product = tl.dot(x[i], y[i].T, product, input_precision=MODE.PRECISION)
+    return product
+
+
+@triton.jit
+def dot_rows(
+    x, x_row, x_limit, BLOCK_X: tl.constexpr, y, y_row, y_limit, BLOCK_Y: tl.constexpr, WIDTH: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """x y^T of rows of two segments, each loaded piece by piece right where it is used."""
+    COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
+    product = tl.zeros([BLOCK_X, BLOCK_Y], tl.float32)
+    for i in tl.static_range(WIDTH // COLS):
+        left = load_rows(x, x_row, x_limit, True, BLOCK_X, COLS, MODE.WIDE, i * COLS, MODE.EVEN)
+        right = load_rows(y, y_row, y_limit, True, BLOCK_Y, COLS, MODE.WIDE, i * COLS, MODE.EVEN)
+        product = tl.dot(left, right.T, product, input_precision=MODE.PRECISION)
+    return product
+
+
+@triton.jit
+def add_dot(totals, x, y, MODE: tl.constexpr):
+    """totals + x y, where totals and y are in pieces of columns."""
+    sums = ()
+    for i in tl.static_range(len(totals)):
+        sums = sums + (tl.dot(x, y[i], totals[i], input_precision=MODE.PRECISION),)
+    return sums
+
+
+@triton.jit
+def add_dot_rows(totals, x, y, row, limit, BLOCK_Y: tl.constexpr, MODE: tl.constexpr):
+    """totals + x y, where totals are in pieces, and rows y are loaded piece by piece right where they are used."""
+    sums = ()
+    COLS: tl.constexpr = totals[0].shape[1]
+    for i in tl.static_range(len(totals)):
+        right = load_rows(y, row, limit, True, BLOCK_Y, COLS, MODE.WIDE, i * COLS, MODE.EVEN)
+        sums = sums + (tl.dot(x.to(right.dtype), right, totals[i], input_precision=MODE.PRECISION),)
+    return sums
+
+
+@triton.jit
+def scale_pieces(pieces, factor):
+    """Every piece times a factor that broadcasts."""
+    scaled = ()
+    for i in tl.static_range(len(pieces)):
+        scaled = scaled + (pieces[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def keep_pieces(keep, pieces):
+    """Every piece where keep, which broadcasts, else 0."""
+    kept = ()
+    for i in tl.static_range(len(pieces)):
+        kept = kept + (tl.where(keep, pieces[i], 0.0),)
+    return kept
+
+
+@triton.jit
+def any_nan(pieces):
+    """Whether an element of a tile in pieces is NaN."""
+    found = tl.max((pieces[0] != pieces[0]).to(tl.int32))
+    for i in tl.static_range(1, len(pieces)):
+        found = tl.maximum(found, tl.max((pieces[i] != pieces[i]).to(tl.int32)))
+    return found > 0
 
 
 @triton.jit
@@ -220,6 +319,34 @@ def store_columns(rows, row, limit, column, tile, BLOCK: tl.constexpr, COLS: tl.
         tile.to(x.ptr.dtype.element_ty),
         mask=inside,
     )
+
+
+@triton.jit
+def store_pieces(rows, row, limit, pieces, BLOCK: tl.constexpr):
+    """Store a tile in pieces of columns as rows row .. row + BLOCK of a segment, those below limit."""
+    for i in tl.static_range(len(pieces)):
+        store_columns(rows, row, limit, i * pieces[i].shape[1], pieces[i], BLOCK, pieces[i].shape[1])
+
+
+@triton.jit
+def add_product(rows, row, limit, CHECK: tl.constexpr, x, y, MODE: tl.constexpr):
+    """Add (x^T y)^T [BLOCK_M, columns], x in pieces of columns, to rows row .. row + BLOCK_M of fp32 sums, atomically.
+
+    Columns first, and columns that Triton does not know to be neighbours: then the threads of a warp take one column
+    each. A thread that took four would add them one after the other, and a warp would touch four times as many sectors.
+    """
+    r = tl.arange(0, MODE.BLOCK_M)
+    apart = tl.minimum(limit, 0) if MODE.PIECE < 512 else 0
+    COLS: tl.constexpr = x[0].shape[1]
+    for i in tl.static_range(len(x)):
+        c = i * COLS + (tl.arange(0, COLS) ^ apart)
+        at = base_of(rows, row) + (r.to(tl.int64)[None, :] * rows.x.row + c[:, None] * rows.x.col)
+        product = tl.dot(x[i].T, y, input_precision=MODE.PRECISION)
+        if CHECK or not MODE.EVEN:
+            inside = (c < rows.x.cols)[:, None] & (row + r < limit)[None, :]
+            tl.atomic_add(at, product, mask=inside, sem="relaxed")
+        else:
+            tl.atomic_add(at, product, sem="relaxed")
 
 
 @triton.jit

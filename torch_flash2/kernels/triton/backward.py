@@ -1,4 +1,5 @@
-"""The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic, no atomics.
+"""The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic; atomics on
+request.
 
 B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 With P the probabilities and delta = rowsum(dO * O) - dLSE: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K, dK
@@ -16,14 +17,11 @@ import triton
 import triton.language as tl
 
 from ...problem import Call, Gradients, Problem, Saved
-from ..bundles import Dropout, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
+from ..bundles import Dropout, Grads, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
 from ..device import bands, philox, scores, tiles
 from . import bias_gradient, launching, recording, tables
 from .common import load_stats, query_tile, score_gradient, visible_keys
 from .tables import BackwardConfig
-
-# What the smallest tiles of 512 columns of fp32 take: queries, keys, values and output gradients.
-WIDE_FP32_BYTES = 132096
 
 
 @triton.jit
@@ -53,7 +51,7 @@ def backward_stats(
 
 @triton.jit
 def _accumulate_keys(
-    dk, dv, k, v, inputs, hk, b, tile, span, sizes, rules, scoring, operands,
+    dk, dv, keys, values, inputs, hk, b, tile, span, sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dK (before the scale) and dV of a tile of keys, over the query tiles of a span that need a mask (MASKED) or need
@@ -66,6 +64,10 @@ def _accumulate_keys(
     else:
         count = (span.full_stop - span.full_start) // MODE.BLOCK_M
     n = tile.at
+    k = tiles.load_pieces(keys, tile.first, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
+    v = k
+    if inputs.grads.k is not None:
+        v = tiles.load_pieces(values, tile.first, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
     segment = tl.minimum(b, sizes.B - 1)
     scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     for i in tl.range(0, count * sizes.group if MODE.GROUPED else count):
@@ -89,11 +91,18 @@ def _accumulate_keys(
         m = m0 + tl.arange(0, MODE.BLOCK_M)
         q_rows = Rows(inputs.q, inputs.batch_q, h, inputs.start_q)
         do_rows = Rows(inputs.grad_out, inputs.batch_q, h, inputs.start_q)
-        q = tiles.load_rows(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE)
-        do = tiles.load_rows(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE.WIDE)
+        q = tiles.load_pieces(q_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
+        do = tiles.load_pieces(do_rows, m0, tile.M, MASKED, MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
         lse2, delta = load_stats(inputs.stats, inputs.batch_q * sizes.H + h, inputs.start_q + m)
         # Transposed tiles [BLOCK_N, BLOCK_M]: P and dS are the left operands of both products.
-        s = tl.dot(k, q.T, input_precision=MODE.PRECISION)
+        # again is never anything but 0, which the compiler does not know: loads there stay loads of their own.
+        again = tl.minimum(m0, 0)
+        if MODE.AGAIN:
+            s = tiles.dot_rows(
+                keys, tile.first + again, tile.N, MODE.BLOCK_N, q_rows, m0, tile.M, MODE.BLOCK_M, MODE.BLOCK_D, MODE
+            )
+        else:
+            s = tiles.dot_pieces(k, q, MODE)
         inside = (m < tile.M)[None, :] & (n < tile.N)[:, None]
         s, slope = score_gradient(s, m[None, :], n[:, None], tile.shift, inside, head, STEPS)
         p = tl.exp2(s * head.scale2 - lse2[None, :])
@@ -106,23 +115,39 @@ def _accumulate_keys(
         if head.dropout is not None:
             kept = philox.keep_tile(head.dropout, m, tile.first, MODE.BLOCK_M, MODE.BLOCK_N).T
             dropped = tl.where(kept, p, 0.0)
-        if inputs.grad_v is not None:
-            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=MODE.PRECISION)
-        if inputs.grad_k is not None:
-            dp = tl.dot(v, do.T, input_precision=MODE.PRECISION)
+        if inputs.grads.v is not None:
+            if MODE.AGAIN:
+                dv = tiles.add_dot_rows(dv, dropped, do_rows, m0, tile.M, MODE.BLOCK_M, MODE)
+            else:
+                dv = tiles.add_dot(dv, dropped.to(do[0].dtype), do, MODE)
+        if inputs.grads.k is not None:
+            if MODE.AGAIN:
+                dp = tiles.dot_rows(
+                    values, tile.first + again, tile.N, MODE.BLOCK_N, do_rows, m0 + again, tile.M, MODE.BLOCK_M,
+                    MODE.BLOCK_DV, MODE,
+                )  # fmt: skip
+            else:
+                dp = tiles.dot_pieces(v, do, MODE)
             if head.dropout is not None:
                 dp = tl.where(kept, dp * scoring.inverse_keep, 0.0)
             ds = p * (dp - delta[None, :]) * slope
             if MASKED:
                 # A masked value may be NaN, and 0 * NaN is NaN.
                 ds = tl.where(visible, ds, 0.0)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=MODE.PRECISION)
+            ds = ds.to(q[0].dtype)
+            if MODE.AGAIN:
+                dk = tiles.add_dot_rows(dk, ds, q_rows, m0 + again, tile.M, MODE.BLOCK_M, MODE)
+            else:
+                dk = tiles.add_dot(dk, ds, q, MODE)
+            if inputs.grads.sum_q is not None:
+                sum_rows = Rows(inputs.grads.sum_q, inputs.batch_q, h, inputs.start_q)
+                tiles.add_product(sum_rows, m0, tile.M, MASKED, k, ds, MODE)
     return dk, dv
 
 
 @triton.jit
 def backward_keys(
-    q, k, v, grad_out, stats, grad_k, grad_v, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, grad_out, stats, grads, spans, coded_sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV (one of them where the other's tensor is None) of one tile of keys of one key/value head, summed over
@@ -148,43 +173,52 @@ def backward_keys(
     tile = Tile(n, n0, lo, hi, shift, used_q, used_k)
 
     # The key and value tiles stay; the loops stream queries and output gradients, head after head of the group.
-    k_tile = tiles.load_rows(Rows(k, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_D, MODE.WIDE)
-    v_tile = k_tile
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    if grad_k is not None:
-        v_tile = tiles.load_rows(Rows(v, batch_k, hk, start_k), n0, used_k, True, BLOCK_N, BLOCK_DV, MODE.WIDE)
-    inputs = Queries(q, grad_out, grad_k, grad_v, stats, batch_q, start_q, start_k)
+    keys = Rows(k, batch_k, hk, start_k)
+    values = Rows(v, batch_k, hk, start_k)
+    dk = tiles.zero_pieces(BLOCK_N, BLOCK_D, MODE)
+    dv = tiles.zero_pieces(BLOCK_N, BLOCK_DV, MODE)
+    inputs = Queries(q, grad_out, grads, stats, batch_q, start_q, start_k)
     dk, dv = _accumulate_keys(
-        dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
+        dk, dv, keys, values, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, True
     )
     if rules.dense is None:
         dk, dv = _accumulate_keys(
-            dk, dv, k_tile, v_tile, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, False
+            dk, dv, keys, values, inputs, hk, b, tile, span, sizes, rules, scoring, operands, MODE, STEPS, False
         )
     used = (n < used_k)[:, None]
-    if grad_k is not None:
-        dk = tl.where(used, dk * scoring.scale, 0.0)
-        tiles.store_rows(Rows(grad_k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N, BLOCK_D)
-    if grad_v is not None:
-        dv = tl.where(used, dv * scoring.inverse_keep, 0.0)
-        tiles.store_rows(Rows(grad_v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N, BLOCK_DV)
+    if grads.k is not None:
+        dk = tiles.keep_pieces(used, tiles.scale_pieces(dk, scoring.scale))
+        tiles.store_pieces(Rows(grads.k, batch_k, hk, start_k), n0, stored, dk, BLOCK_N)
+    if grads.v is not None:
+        dv = tiles.keep_pieces(used, tiles.scale_pieces(dv, scoring.inverse_keep))
+        tiles.store_pieces(Rows(grads.v, batch_k, hk, start_k), n0, stored, dv, BLOCK_N)
 
 
 @triton.jit
 def _score_gradient(
-    q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE: tl.constexpr, STEPS: tl.constexpr, MASKED:
-    tl.constexpr
+    q, do, q_rows, do_rows, lse2, delta, k, keys, values, n0, tile, head, inverse_keep,
+    MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dS [BLOCK_M, BLOCK_N] of a tile of rows and keys n0 .. n0 + BLOCK_N, with respect to scale * product."""
     m = tile.at
     n = n0 + tl.arange(0, MODE.BLOCK_N)
-    v = tiles.load_rows(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.WIDE)
-    s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
+    v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
+    again = tl.minimum(n0, 0)
+    if MODE.AGAIN:
+        s = tiles.dot_rows(
+            q_rows, tile.first + again, tile.M, MODE.BLOCK_M, keys, n0, tile.N, MODE.BLOCK_N, MODE.BLOCK_D, MODE
+        )
+    else:
+        s = tiles.dot_pieces(q, k, MODE)
     inside = (m < tile.M)[:, None] & (n < tile.N)[None, :]
     s, slope = score_gradient(s, m[:, None], n[None, :], tile.shift, inside, head, STEPS)
     p = tl.exp2(s * head.scale2 - lse2[:, None])
-    dp = tl.dot(do, v.T, input_precision=MODE.PRECISION)
+    if MODE.AGAIN:
+        dp = tiles.dot_rows(
+            do_rows, tile.first + again, tile.M, MODE.BLOCK_M, values, n0, tile.N, MODE.BLOCK_N, MODE.BLOCK_DV, MODE
+        )
+    else:
+        dp = tiles.dot_pieces(do, v, MODE)
     if head.dropout is not None:
         kept = philox.keep_tile(head.dropout, m, n0, MODE.BLOCK_M, MODE.BLOCK_N)
         dp = tl.where(kept, dp * inverse_keep, 0.0)
@@ -197,8 +231,8 @@ def _score_gradient(
 
 @triton.jit
 def _accumulate_carefully(
-    grad, q, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE: tl.constexpr, STEPS:
-    tl.constexpr
+    grad, q_rows, do_rows, lse2, delta, keys, values, place, tile, span, head, scoring,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dQ again where some key is NaN or infinite: keys made finite, and an element NaN only where its row sees one that
     was not.
@@ -206,13 +240,32 @@ def _accumulate_carefully(
     Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
+    do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
         acc = tl.zeros([BLOCK_M, 16], tl.float32)
         taint = tl.zeros([BLOCK_M, 16], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
-            k = tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
-            ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, scoring.inverse_keep, MODE, STEPS, True)
-            part, bad = tiles.finite(tiles.load_columns(plain, n0, tile.N, column, MODE.BLOCK_N, 16))
+            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
+            ds = _score_gradient(
+                q,
+                do,
+                q_rows,
+                do_rows,
+                lse2,
+                delta,
+                k,
+                keys,
+                values,
+                n0,
+                tile,
+                head,
+                scoring.inverse_keep,
+                MODE,
+                STEPS,
+                True,
+            )
+            part, bad = tiles.finite(tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
             acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
             taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
@@ -222,7 +275,7 @@ def _accumulate_carefully(
 
 @triton.jit
 def _accumulate_queries(
-    dq, q, do, lse2, delta, keys, values, tile, span, head, inverse_keep,
+    dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, inverse_keep,
     MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dQ (before the scale) of a tile of rows, over the key tiles of a span that need a mask (MASKED) or need none."""
@@ -230,27 +283,34 @@ def _accumulate_queries(
         count = bands.masked_tiles(span, MODE.BLOCK_N)
     else:
         count = (span.full_stop - span.full_start) // MODE.BLOCK_N
+    q = tiles.load_pieces(q_rows, tile.first, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
+    do = tiles.load_pieces(do_rows, tile.first, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
     for i in tl.range(0, count):
         if MASKED:
             n0 = bands.masked_tile(span, i, MODE.BLOCK_N)
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
-        k = tiles.load_rows(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.WIDE)
-        ds = _score_gradient(q, do, lse2, delta, k, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=MODE.PRECISION)
+        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
+        ds = _score_gradient(
+            q, do, q_rows, do_rows, lse2, delta, k, keys, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED
+        )
+        if MODE.AGAIN:
+            dq = tiles.add_dot_rows(dq, ds, keys, n0 + tl.minimum(n0, 0), tile.N, MODE.BLOCK_N, MODE)
+        else:
+            dq = tiles.add_dot(dq, ds.to(k[0].dtype), k, MODE)
     return dq
 
 
 @triton.jit
-def backward_queries(
-    q, k, k_plain, v, grad_out, stats, grad_q, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
-    tl.constexpr,
+def _query_gradient(
+    pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of query rows of one head."""
+    """dQ of one tile of query rows of one head, CAREFUL: on the path for NaN. Returns whether dQ has a NaN."""
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     BLOCK_D: tl.constexpr = MODE.BLOCK_D
     sizes = tiles.sizes_of(coded_sizes)
-    h, b, place, tile, span = query_tile(tl.program_id(0), spans, sizes, rules, MODE, STEPS)
+    h, b, place, tile, span = query_tile(pid, spans, sizes, rules, MODE, STEPS)
     keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
     values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
     segment = tl.minimum(b, sizes.B - 1)
@@ -264,33 +324,58 @@ def backward_queries(
         dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
     head = Head(scoring.scale, scale2, steps, dropout, dense)
 
-    # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
-    q_tile = tiles.load_rows(
-        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE.WIDE
-    )
-    do = tiles.load_rows(
-        Rows(grad_out, place.batch_q, h, place.start_q), place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE.WIDE
-    )
-    lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _accumulate_queries(
-        dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, True
-    )
-    if rules.dense is None:
-        dq = _accumulate_queries(
-            dq, q_tile, do, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep, MODE, STEPS, False
-        )
-    used = (tile.at < tile.M)[:, None]
-    dq = tl.where(used, dq * scoring.scale, 0.0)
+    q_rows = Rows(q, place.batch_q, h, place.start_q)
+    do_rows = Rows(grad_out, place.batch_q, h, place.start_q)
     grad = Rows(grad_q, place.batch_q, h, place.start_q)
-    tiles.store_rows(grad, place.row, place.stored, dq, BLOCK_M, BLOCK_D)
+    lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
+    if CAREFUL:
+        _accumulate_carefully(
+            grad, q_rows, do_rows, lse2, delta, keys, values, place, tile, span, head, scoring, MODE, STEPS
+        )
+        found = False
+    else:
+        if sum_q is None:
+            # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
+            dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE)
+            dq = _accumulate_queries(
+                dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep,
+                MODE, STEPS, True,
+            )  # fmt: skip
+            if rules.dense is None:
+                dq = _accumulate_queries(
+                    dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep,
+                    MODE, STEPS, False,
+                )  # fmt: skip
+        else:
+            sums = Rows(sum_q, place.batch_q, h, place.start_q)
+            dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
+        used = (tile.at < tile.M)[:, None]
+        dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
+        tiles.store_pieces(grad, place.row, place.stored, dq, BLOCK_M)
+        found = tiles.any_nan(dq)
+    return found
+
+
+@triton.jit
+def backward_queries(
+    q, k, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of query rows of one head."""
+    pid = tl.program_id(0)
+    found = _query_gradient(
+        pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands, MODE, STEPS, False
+    )
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
-        # NaN here may come from a key that no row of the tile sees.
-        if tl.max((dq != dq).to(tl.int32)) > 0:
-            plain = Rows(k_plain, place.batch_k, h // sizes.group, place.start_k)
-            _accumulate_carefully(
-                grad, q_tile, do, lse2, delta, keys, plain, values, place, tile, span, head, scoring, MODE, STEPS
-            )
+        # NaN here may come from a key that no row of the tile sees. All is computed anew from the launch's arguments:
+        # what this path shared with the loops above would take registers from them.
+        if found:
+            # Other threads stored these elements first: without a barrier theirs may land last.
+            tl.debug_barrier()
+            _query_gradient(
+                pid + tl.minimum(pid, 0), q, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules,
+                scoring, operands, MODE, STEPS, True,
+            )  # fmt: skip
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -298,17 +383,17 @@ def why_not(problem: Problem) -> Iterator[str]:
     yield from launching.why_not(problem)
     if problem.page_size is not None:
         yield "it has no backward through pages"
-    wide = max(problem.head_dim, problem.head_dim_v) > 256 and problem.dtype == torch.float32
-    if problem.hardware.type == "cuda" and wide and problem.hardware.shared_memory < WIDE_FP32_BYTES:
-        yield (
-            f"the backward of float32 with head dims over 256 needs {WIDE_FP32_BYTES} bytes of shared memory a block, "
-            f"the GPU has {problem.hardware.shared_memory}"
-        )
 
 
 def config(problem: Problem) -> BackwardConfig:
     """The measured or nearest configuration."""
     return tables.backward(problem)
+
+
+def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
+    """What the problem does not allow in a forced configuration."""
+    if config.atomics and problem.deterministic:
+        yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
@@ -337,13 +422,16 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
                 gradient.zero_()
         return found
     stats = _launch_stats(call, out, lse, grad_out, grad_lse)
-    if wanted[0]:
-        _launch_queries(problem, config.q, call, grad_out, stats, found.query)
+    sums = None
+    if config.atomics and found.query is not None and found.key is not None:
+        sums = torch.zeros(call.query.shape, dtype=torch.float32, device=call.query.device)
     if config.v is not None:
-        _launch_keys(problem, config.kv, call, grad_out, stats, found.key, None)
-        _launch_keys(problem, config.v, call, grad_out, stats, None, found.value)
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, None, sums))
+        _launch_keys(problem, config.v, call, grad_out, stats, Grads(None, found.value, None))
     else:
-        _launch_keys(problem, config.kv, call, grad_out, stats, found.key, found.value)
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, found.value, sums))
+    if found.query is not None:
+        _launch_queries(problem, config.q, call, grad_out, stats, found.query, sums)
     if wanted[3]:
         bias_gradient.launch(problem, config.bias, call, grad_out, stats, found.bias)
     if wanted[4]:
@@ -387,20 +475,18 @@ def _launch_stats(
 
 
 def _launch_keys(
-    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats,
-    grad_k: torch.Tensor | None, grad_v: torch.Tensor | None,
+    problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grads: Grads
 ) -> None:  # fmt: skip
-    if grad_k is None and grad_v is None:
+    if grads.k is None and grads.v is None:
         return
-    mode = launching.mode(problem, config)
+    mode = launching.mode(problem, config, config.BLOCK_N)
     arguments = (
         launching.load(config, call.query, config.BLOCK_M, mode.BLOCK_D),
         Strided.of(call.key),
         Strided.of(call.value),
         launching.load(config, grad_out, config.BLOCK_M, mode.BLOCK_DV),
         stats,
-        None if grad_k is None else Strided.of(grad_k),
-        None if grad_v is None else Strided.of(grad_v),
+        Grads(*(None if tensor is None else Strided.of(tensor) for tensor in grads)),
         *launching.bundle(problem, call),
         mode,
         launching.steps(problem),
@@ -411,10 +497,9 @@ def _launch_keys(
 
 def _launch_queries(
     problem: Problem, config: tables.Config, call: Call, grad_out: torch.Tensor, stats: RowStats,
-    grad_q: torch.Tensor | None,
+    grad_q: torch.Tensor, sum_q: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    assert grad_q is not None
-    mode = launching.mode(problem, config)
+    mode = launching.mode(problem, config, config.BLOCK_M)
     arguments = (
         Strided.of(call.query),
         launching.load(config, call.key, config.BLOCK_N, mode.BLOCK_D),
@@ -423,6 +508,7 @@ def _launch_queries(
         Strided.of(grad_out),
         stats,
         Strided.of(grad_q),
+        None if sum_q is None else Strided.of(sum_q),
         *launching.bundle(problem, call),
         mode,
         launching.steps(problem),

@@ -13,7 +13,7 @@ from ..device import bands, philox, scores, tiles
 @triton.jit
 def tile_scores(q, k, n, tile, head, MODE: tl.constexpr, STEPS: tl.constexpr):
     """Scores [BLOCK_M, BLOCK_N] of keys n: raw products where there are no steps, else after scale and steps."""
-    return run_steps(tl.dot(q, k.T, input_precision=MODE.PRECISION), n, tile, head, STEPS)
+    return run_steps(tiles.dot_pieces(q, k, MODE), n, tile, head, STEPS)
 
 
 @triton.jit
@@ -30,20 +30,21 @@ def run_steps(s, n, tile, head, STEPS: tl.constexpr):
 def load_and_score(
     q, q_rest, keys, keys_rest, pages, n0, tile, head, MODE: tl.constexpr, STEPS: tl.constexpr
 ):  # fmt: skip
-    """The tile of keys from n0 on and its scores; q_rest and keys_rest are None but for MODE.REST columns more."""
-    k = tiles.load_keys_of(keys, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PAGE, MODE.WIDE)
+    """The tile of keys from n0 on, in pieces, and its scores; q_rest and keys_rest are None but for MODE.REST columns
+    more."""
+    k = tiles.load_keys_of(keys, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
     if MODE.REST > 0:
         BLOCK_M: tl.constexpr = MODE.BLOCK_M
         BLOCK_N: tl.constexpr = MODE.BLOCK_N
-        rest = tiles.load_keys_of(keys_rest, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.REST, MODE.PAGE, MODE.WIDE)
+        rest = tiles.load_keys_of(keys_rest, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.REST, MODE)
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # Always so. Of a product that another product follows, Triton has each warp group compute all rows; one in a
         # branch it divides among them.
         if n0 < tile.N:
-            s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
-        s = tl.dot(q_rest, rest.T, s, input_precision=MODE.PRECISION)
+            s = tiles.dot_pieces(q, k, MODE)
+        s = tl.dot(q_rest, rest[0].T, s, input_precision=MODE.PRECISION)
     else:
-        s = tl.dot(q, k.T, input_precision=MODE.PRECISION)
+        s = tiles.dot_pieces(q, k, MODE)
     return k, run_steps(s, n0 + tl.arange(0, MODE.BLOCK_N), tile, head, STEPS)
 
 
@@ -76,7 +77,8 @@ def attend_carefully(
                 p = tl.where(
                     philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p * inverse_keep, 0.0
                 )
-            v, bad = tiles.finite(tiles.load_key_columns(values, n0, tile.N, column, MODE.BLOCK_N, 16, MODE.PAGE))
+            v = tiles.load_key_columns(values, pages, n0, tile.N, column, MODE.BLOCK_N, 16, MODE.PAGE)
+            v, bad = tiles.finite(v)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
             taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
         c = column + tl.arange(0, 16)

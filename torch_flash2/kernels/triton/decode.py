@@ -82,9 +82,9 @@ def _attend(q, q_rest, keys, keys_rest, values, tile, start, stop, head, MODE: t
         row_sum = row_sum * decay + tl.sum(p, 1)
         row_max = new_max
         if MODE.SHARED:
-            v = k
+            v = k[0]
         else:
-            v = tiles.load_keys_of(values, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PAGE, MODE.WIDE)
+            v = tiles.load_keys_of(values, pages, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)[0]
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
         pages = next_pages
     return acc, row_max, row_sum
@@ -143,7 +143,8 @@ def _run(
     if rules.dense is not None:
         dense = tiles.dense_at(rules.dense, b, h_column, 0, 0)
     head = Head(scoring.scale, scale2, steps, None, dense)
-    q_tile = _load_queries(q, b, h, m, stored, MODE.BLOCK_D)
+    # Pieces, of which there is one.
+    q_tile = (_load_queries(q, b, h, m, stored, MODE.BLOCK_D),)
     rest_tile = None
     keys_rest = None
     if MODE.REST > 0:
@@ -432,7 +433,8 @@ def _mode(problem: Problem, config: Config) -> Mode:
     if not _shared(problem):
         return mode
     rest = problem.head_dim - problem.head_dim_v
-    return mode._replace(BLOCK_D=mode.BLOCK_DV, SHARED=True, REST=tables.block_dim(rest) if rest else 0)
+    block_rest = tables.block_dim(rest) if rest else 0
+    return mode._replace(BLOCK_D=mode.BLOCK_DV, EVEN=mode.EVEN and block_rest == rest, SHARED=True, REST=block_rest)
 
 
 def _tensors(problem: Problem, config: Config, call: Call) -> tuple[Any, ...]:

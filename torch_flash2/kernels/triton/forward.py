@@ -40,7 +40,7 @@ def _attend(
         else:
             n0 = span.full_start + i * MODE.BLOCK_N
         n = n0 + tl.arange(0, MODE.BLOCK_N)
-        k = tiles.load_keys(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE.PAGE, MODE.WIDE)
+        k = tiles.load_keys(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
         s = tile_scores(q, k, n, tile, head, MODE, STEPS)
         if MASKED:
             s = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), s, -float("inf"))
@@ -56,19 +56,19 @@ def _attend(
         row_max = new_max
         if head.dropout is not None:
             p = tl.where(philox.keep_tile(head.dropout, tile.at, n0, MODE.BLOCK_M, MODE.BLOCK_N), p, 0.0)
-        v = tiles.load_keys(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE.PAGE, MODE.WIDE)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
+        v = tiles.load_keys(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
+        acc = tiles.add_dot(tiles.scale_pieces(acc, decay[:, None]), p.to(v[0].dtype), v, MODE)
     return acc, row_max, row_sum
 
 
 @triton.jit
-def attention_forward(
-    q, k, v, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
-    tl.constexpr,
+def _forward_tile(
+    pid, q, k, v, out, lse_ptr, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one head: out [BLOCK_M, Dv] and lse [BLOCK_M]."""
+    """One tile of query rows of one head: out and lse; or, CAREFUL, out again. Returns whether out has a NaN."""
     sizes = tiles.sizes_of(coded_sizes)
-    h, b, place, tile, span = query_tile(tl.program_id(0), spans, sizes, rules, MODE, STEPS)
+    h, b, place, tile, span = query_tile(pid, spans, sizes, rules, MODE, STEPS)
     if MODE.PAGE > 0:
         keys = tiles.paged_rows(k, place.batch_k, h // sizes.group, spans.paging)
         values = tiles.paged_rows(v, place.batch_k, h // sizes.group, spans.paging)
@@ -88,45 +88,63 @@ def attention_forward(
 
     # The query tile stays; the loops stream keys and values.
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    BLOCK_DV: tl.constexpr = MODE.BLOCK_DV
-    q_tile = tiles.load_rows(
-        Rows(q, place.batch_q, h, place.start_q), place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE.WIDE
-    )
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc, row_max, row_sum = _attend(acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True)
-    if rules.dense is None:
-        acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, False
-        )
-
-    # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
-    none = (row_sum == 0.0) | (tile.at >= tile.M)
-    if operands.sinks is not None:
-        sink = tl.load(operands.sinks + h).to(tl.float32) * scores.LOG2E
-        new_max = tl.maximum(row_max, sink)
-        decay = tl.exp2(row_max - new_max)
-        acc = acc * decay[:, None]
-        row_sum = row_sum * decay + tl.exp2(sink - new_max)
-        row_max = new_max
-    weight = scoring.inverse_keep / tl.where(none, 1.0, row_sum)
-    acc = tl.where(none[:, None], 0.0, acc * weight[:, None])
-    lse = tl.where(none, -float("inf"), (row_max + tl.log2(tl.where(none, 1.0, row_sum))) * scores.LN2)
-    at = lse_ptr + (tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q + tile.at)
-    tl.store(at, lse, mask=tile.at < place.stored)
+    lse_at = lse_ptr + (tl.cast(place.batch_q * sizes.H + h, tl.int64) * sizes.M + place.start_q + tile.at)
     out_rows = Rows(out, place.batch_q, h, place.start_q)
-    tiles.store_rows(out_rows, place.row, place.stored, acc, MODE.BLOCK_M, MODE.BLOCK_DV)
+    q_rows = Rows(q, place.batch_q, h, place.start_q)
+    q_tile = tiles.load_pieces(q_rows, place.row, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
+    if CAREFUL:
+        lse2 = tl.load(lse_at, mask=tile.at < place.stored, other=-float("inf")) * scores.LOG2E
+        attend_carefully(
+            (tiles.row_pointers(out_rows, place.row, BLOCK_M), out.col), tile.at < tile.M, lse2, q_tile, None, keys,
+            None, values, tile, span.start, span.stop, head, scoring.inverse_keep, MODE, STEPS,
+        )  # fmt: skip
+        found = False
+    else:
+        acc = tiles.zero_pieces(MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
+        row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, True
+        )
+        if rules.dense is None:
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q_tile, keys, values, tile, span, head, MODE, STEPS, False
+            )
+
+        # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
+        none = (row_sum == 0.0) | (tile.at >= tile.M)
+        if operands.sinks is not None:
+            sink = tl.load(operands.sinks + h).to(tl.float32) * scores.LOG2E
+            new_max = tl.maximum(row_max, sink)
+            decay = tl.exp2(row_max - new_max)
+            acc = tiles.scale_pieces(acc, decay[:, None])
+            row_sum = row_sum * decay + tl.exp2(sink - new_max)
+            row_max = new_max
+        weight = scoring.inverse_keep / tl.where(none, 1.0, row_sum)
+        acc = tiles.keep_pieces(~none[:, None], tiles.scale_pieces(acc, weight[:, None]))
+        lse = tl.where(none, -float("inf"), (row_max + tl.log2(tl.where(none, 1.0, row_sum))) * scores.LN2)
+        tl.store(lse_at, lse, mask=tile.at < place.stored)
+        tiles.store_pieces(out_rows, place.row, place.stored, acc, MODE.BLOCK_M)
+        found = tiles.any_nan(acc)
+    return found
+
+
+@triton.jit
+def attention_forward(
+    q, k, v, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE: tl.constexpr, STEPS:
+    tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one head: out [BLOCK_M, Dv] and lse [BLOCK_M]."""
+    pid = tl.program_id(0)
+    found = _forward_tile(pid, q, k, v, out, lse_ptr, spans, coded_sizes, rules, scoring, operands, MODE, STEPS, False)
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
-        # NaN here may come from a value that no row of the tile sees.
-        if tl.max((acc != acc).to(tl.int32)) > 0:
-            if MODE.PAGE > 0:
-                plain = values
-            else:
-                plain = Rows(v_plain, place.batch_k, h // sizes.group, place.start_k)
-            attend_carefully(
-                (tiles.row_pointers(out_rows, place.row, BLOCK_M), out.col), tile.at < tile.M, lse * scores.LOG2E,
-                q_tile, None, keys, None, plain, tile, span.start, span.stop, head, scoring.inverse_keep, MODE, STEPS,
+        # NaN here may come from a value that no row of the tile sees. All is computed anew from the launch's arguments:
+        # what this path shared with the loops above would take registers from them.
+        if found:
+            tl.debug_barrier()
+            _forward_tile(
+                pid + tl.minimum(pid, 0), q, k, v_plain, out, lse_ptr, spans, coded_sizes, rules, scoring, operands,
+                MODE, STEPS, True,
             )  # fmt: skip
 
 
@@ -150,7 +168,7 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     out, lse = launching.outputs(call)
     if problem.batch == 0 or 0 in call.query.shape or stored_keys(call) == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    mode = launching.mode(problem, config)
+    mode = launching.mode(problem, config, config.BLOCK_M)
     key, value = key_value(call)
     if mode.PAGE:
         config = config._replace(tma=False)

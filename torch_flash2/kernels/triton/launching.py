@@ -168,12 +168,46 @@ def widths(problem: Problem) -> tuple[int, int]:
     return max(width, min(width_v, 64)), max(width_v, min(width, 64))
 
 
-def mode(problem: Problem, config: Config) -> Mode:
-    """The compile-time numbers of a launch."""
+def _piece(problem: Problem, config: Config, rows: int) -> int:
+    """The most columns of an accumulator of so many rows.
+
+    Where products are mma instructions of single warps (not Hopper's of warp groups, nor Blackwell's), Triton gives
+    each warp rows of its own only if no tile is wider than it is high. Else warps share rows, and probabilities go
+    through shared memory.
+    """
+    grouped = problem.hardware.capability[0] in (9, 10, 11)
+    if grouped or not rows:
+        return 512
+    if config.piece:
+        return config.piece
+    return rows if rows >= 16 * config.num_warps else 128
+
+
+def _again(problem: Problem) -> bool:
+    """Whether loops load all that they read at each product.
+
+    Products of fp32 keep each operand twice in shared memory, its high and its low bits; where memory is short, no tile
+    as wide as the largest heads can stay there.
+    """
+    wide = max(problem.head_dim, problem.head_dim_v) > 256 and problem.dtype == torch.float32
+    return wide and problem.hardware.shared_memory < 200 * 1024
+
+
+def mode(problem: Problem, config: Config, rows: int = 0) -> Mode:
+    """The compile-time numbers of a launch whose accumulators have so many rows; 0: it has none as wide as a head."""
+    piece = _piece(problem, config, rows)
+    width, width_v = (
+        block if block <= piece else triton.cdiv(dim, piece) * piece
+        for dim, block in zip((problem.head_dim, problem.head_dim_v), widths(problem), strict=True)
+    )
     return Mode(
         config.BLOCK_M,
         config.BLOCK_N,
-        *widths(problem),
+        width,
+        width_v,
+        piece,
+        (problem.head_dim, problem.head_dim_v) == (width, width_v),
+        _again(problem),
         problem.mask.bounds_left,
         problem.mask.align == "bottom-right",
         problem.precision if problem.dtype == torch.float32 else "ieee",

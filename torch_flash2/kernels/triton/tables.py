@@ -20,13 +20,15 @@ BUCKETS = (64, 128, 256, 512)
 
 
 class Config(NamedTuple):
-    """One way to run a kernel. `tma`: load tiles by tensor descriptors where the strides allow it."""
+    """One way to run a kernel. `tma`: load tiles by tensor descriptors where the strides allow it; `piece`: the most
+    columns of one accumulator where warps multiply alone, 0 for as many as it has rows."""
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     tma: bool = False
+    piece: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class BackwardConfig(NamedTuple):
     q: Config
     bias: Config
     v: Config | None = None
+    atomics: bool = False
 
 
 def block_dim(head_dim: int) -> int:
@@ -90,8 +93,8 @@ def lookup(kernel: str, problem: Problem) -> Config | None:
     gpu = "small" if small else gpu_class(problem.hardware)
     config = _row(kernel, gpu, bits, bucket)
     if config is not None and problem.hardware.type == "cpu":
-        # Triton's interpreter: small tiles find more edges, and the cost is per tile.
-        config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32))
+        # Triton's interpreter: small tiles and pieces find more edges, and the cost is per tile.
+        config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32), piece=32)
     return config
 
 
