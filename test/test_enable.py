@@ -277,7 +277,7 @@ def test_torch_logs(installed: Path) -> None:
     done = run(installed, code, TORCH_LOGS="torch_flash2", TORCH_FLASH2="always")
     lines = [line for line in done.stderr.splitlines() if "scaled_dot_product_attention" in line]
     assert len(lines) == 3, done.stderr
-    assert "forward on CPU, float32, B=1 H=2, M=5 N=5 D=8, mask full: taken: cpu; policy always" in lines[0]
+    assert "forward on CPU, float32, B=1 H=2, M=5 N=5 D=8, mask full, value in key: taken: cpu" in lines[0]
     assert "mask causal" in lines[2]
     assert not run(installed, code, TORCH_FLASH2="always").stderr
 

@@ -312,6 +312,23 @@ def test_five_dimensions_are_pytorchs() -> None:
     stock_only(lambda: sdp(query, key, value), "5, 5 and 5 dimensions")
 
 
+def test_value_in_key_is_told_per_call() -> None:
+    """Kernels may read keys and values once where they are one; calls that differ in nothing else must not."""
+    query, key, value = (t.detach() for t in qkv())
+    shared: list[bool] = []
+    kernel = dispatch.kernel("cpu", "forward")
+    original = kernel.launch
+
+    def launch(problem: Any, *arguments: Any) -> Any:
+        shared.append(problem.value_in_key)
+        return original(problem, *arguments)
+
+    with mock.patch.object(kernel, "launch", launch):
+        for other in (key, value, key):
+            sdp(query, key, other)
+    assert shared == [True, False, True]
+
+
 def test_broadcast_batches_and_heads() -> None:
     query, key, value = qkv()
     found = sdp(query, key[:1], value[:1])
