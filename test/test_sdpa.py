@@ -6,7 +6,6 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of q
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
