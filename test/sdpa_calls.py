@@ -28,7 +28,8 @@ class SdpaCall:
     """One call in words.
 
     The tensors have the last `dims` of (B, H, rows, width). `mask` is one of MASKS ("learned" is a float mask with a
-    gradient), `mask_shape` names the dimensions in which it varies ("BHMN"), `mask_fp32` makes a float mask fp32.
+    gradient) or "lower-right", the bool mask of causal_lower_right. `mask_shape` names the dimensions in which it
+    varies ("BHMN"), `mask_fp32` makes a float mask fp32.
     `layouts` are those of query, key and value: of LAYOUTS.
     """
 
@@ -70,7 +71,10 @@ class SdpaCall:
             "key": tensor(self.layouts[1], heads_kv, self.N, self.D),
             "value": tensor(self.layouts[2], heads_kv, self.N, self.Dv),
         }
-        if self.mask in ("bool", "float", "learned"):
+        if self.mask == "lower-right":
+            visible = torch.ones(self.M, self.N, dtype=torch.bool, device=device)
+            found["attn_mask"] = visible.tril(self.N - self.M)
+        elif self.mask in ("bool", "float", "learned"):
             shown = "BHMN"[4 - self.dims :]
             stored = dict(zip("BHMN", (self.B, self.H, self.M, self.N), strict=True))
             shape = [stored[d] if d in self.mask_shape else 1 for d in shown]
@@ -179,7 +183,7 @@ def upstream(call: SdpaCall, out: torch.Tensor) -> torch.Tensor:
     return torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float32).to(out.dtype)
 
 
-def stock_math(call: SdpaCall, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def stock_math(call: SdpaCall, device: str, dtype: torch.dtype, grad: bool = True) -> dict[str, torch.Tensor]:
     """What PyTorch's math backend gives in a dtype; dropout drops what this library's generator drops."""
     kept = None
     if call.dropout_p > 0:
@@ -215,13 +219,15 @@ def stock_math(call: SdpaCall, device: str, dtype: torch.dtype) -> dict[str, tor
             )
         return found
 
-    return run(call, device, attend)
+    return run(call, device, attend, grad)
 
 
-def disagreements(call: SdpaCall, *results: dict[str, torch.Tensor], device: str = "cpu") -> list[str]:
+def disagreements(
+    call: SdpaCall, *results: dict[str, torch.Tensor], device: str = "cpu", grad: bool = True
+) -> list[str]:
     """What passes the bound: twice the error of PyTorch's math in the same dtype, plus rounding."""
-    exact = stock_math(call, device, torch.float64)
-    plain = stock_math(call, device, DTYPES[call.dtype])
+    exact = stock_math(call, device, torch.float64, grad)
+    plain = stock_math(call, device, DTYPES[call.dtype], grad)
     problems = []
     for found, name in itertools.product(results, exact):
         tensor, want = found[name], exact[name]

@@ -6,7 +6,6 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of q
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -76,70 +75,6 @@ def holds(call: SdpaCall, attend: Any = None) -> None:
 @given(sdpa_calls.calls())
 def test_random_calls(call: SdpaCall) -> None:
     holds(call)
-
-
-FEATURES = {
-    "plain": SdpaCall(),
-    "3d": SdpaCall(dims=3, mask="bool", mask_shape="HMN"),
-    "2d": SdpaCall(dims=2, mask="causal"),
-    "causal-wide": SdpaCall(M=20, N=50, mask="causal"),
-    "causal-tall": SdpaCall(M=50, N=20, mask="causal"),
-    "bool": SdpaCall(mask="bool", mask_shape="BMN", dtype="bf16"),
-    "float": SdpaCall(mask="float", mask_shape="BN", dtype="fp16", mask_fp32=True),
-    "learned": SdpaCall(mask="learned", mask_shape="HMN"),
-    "gqa-learned-fp32": SdpaCall(H=6, G=2, mask="learned", mask_shape="BHMN"),
-    "mqa-half": SdpaCall(H=4, G=1, mask="bool", dtype="fp16"),
-    "dropout": SdpaCall(dropout_p=0.3, mask="causal"),
-    "dv": SdpaCall(D=24, Dv=8, scale=0.1),
-    "d512": SdpaCall(D=512, Dv=512, M=9, N=11, dtype="bf16"),
-    "no-keys": SdpaCall(N=0),
-    "no-queries": SdpaCall(M=0),
-    "transposed": SdpaCall(layouts=("bshd", "bshd", "bshd")),
-    "expanded": SdpaCall(layouts=("bhsd", "expanded", "expanded")),
-    # NaN in dq where S % 128 == 64 with a mask (pytorch#196678), wrong with few key heads (pytorch#193893).
-    "pytorch-196678": SdpaCall(M=192, N=192, D=32, Dv=32, mask="bool", mask_shape="BMN", dtype="bf16"),
-    "pytorch-193893": SdpaCall(H=8, G=2, M=64, N=64, D=32, Dv=32, mask="causal", dtype="bf16"),
-}
-
-
-@pytest.mark.parametrize("name", FEATURES)
-def test_features(name: str) -> None:
-    holds(FEATURES[name])
-
-
-@compiled
-@pytest.mark.parametrize("name", FEATURES)
-def test_features_compiled(name: str) -> None:
-    torch._dynamo.reset()
-    call = FEATURES[name]
-    if call.dropout_p > 0:
-        # What a graph draws, eager draws too, if the graph's backend leaves randint alone.
-        call = dataclasses.replace(call, dropout_p=0.0)
-    holds(call, torch.compile(sdp, backend="aot_eager", fullgraph=True, dynamic=name in ("plain", "causal-wide")))
-
-
-@pytest.mark.parametrize("name", ["plain", "bool", "learned", "3d", "gqa-learned-fp32"])
-def test_without_gradients(name: str) -> None:
-    wanted = sdpa_calls.run(FEATURES[name])["out"]
-    for mode in (torch.no_grad, torch.inference_mode):
-        torch_flash2.stats(reset=True)
-        with mode():
-            found = sdpa_calls.run(FEATURES[name], grad=False)
-        assert taken() == 1 and torch.equal(found["out"], wanted)
-
-
-def test_autocast() -> None:
-    query, key, value = qkv()
-    mask = torch.randn(33, 47, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = sdp(query, key, value, mask)
-        gradients = torch.autograd.grad(out.float().square().sum(), [query, key, value, mask])
-    half = [t.detach().bfloat16().requires_grad_() for t in (query, key, value, mask)]
-    wanted = sdp(*half)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, wanted) and taken() == 2
-    others = torch.autograd.grad(wanted.float().square().sum(), half)
-    for found, other in zip(gradients, others, strict=True):
-        assert found.dtype == torch.float32 and torch.equal(found, other.float())
 
 
 def test_layout_is_that_of_flash() -> None:
@@ -310,6 +245,23 @@ def test_mistakes_are_for_pytorch_to_refuse() -> None:
 def test_five_dimensions_are_pytorchs() -> None:
     query, key, value = (t.detach()[None] for t in qkv())
     stock_only(lambda: sdp(query, key, value), "5, 5 and 5 dimensions")
+
+
+def test_value_in_key_is_told_per_call() -> None:
+    """Kernels may read keys and values once where they are one; calls that differ in nothing else must not."""
+    query, key, value = (t.detach() for t in qkv())
+    shared: list[bool] = []
+    kernel = dispatch.kernel("cpu", "forward")
+    original = kernel.launch
+
+    def launch(problem: Any, *arguments: Any) -> Any:
+        shared.append(problem.value_in_key)
+        return original(problem, *arguments)
+
+    with mock.patch.object(kernel, "launch", launch):
+        for other in (key, value, key):
+            sdp(query, key, other)
+    assert shared == [True, False, True]
 
 
 def test_broadcast_batches_and_heads() -> None:

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 around a model whose attention was taken over: two processes, gloo, nothing special.
+"""DDP and FSDP2 around a model whose attention was taken over, and DTensors: two processes, gloo, nothing special.
 
 B batch, S sequence length, C width.
 """
@@ -66,6 +66,27 @@ for block in sharded:
     fully_shard(block, mesh=mesh)
 check(fully_shard(sharded, mesh=mesh))
 del sharded
+dist.barrier()
+
+# PyTorch has no rule for its flash kernel on the CPU: its math it is.
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+def results():
+    generator = torch.Generator().manual_seed(2)
+    whole = [torch.randn(2, 4, 10, 8, generator=generator) for _ in range(3)]
+    leaves = [distribute_tensor(t, mesh, [Shard(1)]).requires_grad_() for t in whole]
+    with sdpa_kernel(SDPBackend.MATH):
+        out = nn.functional.scaled_dot_product_attention(*leaves)
+    return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+torch_flash2.stats(reset=True)
+found = results()
+assert torch_flash2.stats() == {"stock, untouched: a tensor subclass, DTensor": 1}, torch_flash2.stats()
+torch_flash2.disable()
+for one, other in zip(found, results(), strict=True):
+    assert isinstance(one, DTensor) and one.placements == other.placements == (Shard(1),)
+    assert torch.equal(one.to_local(), other.to_local())
 dist.barrier()
 dist.destroy_process_group()
 """

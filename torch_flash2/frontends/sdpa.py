@@ -310,7 +310,7 @@ def _signature(arguments: Sdpa, needs_grad: bool) -> tuple[Any, ...]:
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
-        query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16,
+        query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16, key.data_ptr() == value.data_ptr(),
         mask if mask is None else (*direct.signature((mask,)), needs_grad and mask.requires_grad),
         dropout_p, is_causal, scale, enable_gqa, needs_grad,
         backends._get_flash_sdp_enabled(), backends._get_cudnn_sdp_enabled(),
