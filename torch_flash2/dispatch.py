@@ -106,7 +106,7 @@ def force(kernel: str, config: Mapping[str, Any] | None = None) -> Iterator[None
     """Run calls inside the block, and their backward, on one kernel; raise UnsupportedError where it cannot.
 
     Args:
-        kernel: "decode", "triton", "cpu" or "reference".
+        kernel: "decode", "hopper", "triton", "cpu" or "reference".
         config: fields of the kernel's configuration to override, for example {"BLOCK_M": 64}; those that a direction
         does not have
             are left to the other. A compiled function keeps the choice of the moment in which it was traced.
@@ -149,8 +149,9 @@ def _override(config: Any, chosen: Mapping[str, Any]) -> Any:
     return config._replace(**parts)
 
 
-def _nothing(problem: Problem, config: Any) -> tuple[str, ...]:
-    return ()
+def _optional(name: str, function: str, problem: Problem, *config: Any) -> tuple[str, ...]:
+    """The reasons that a kernel's optional function gives; none where it has no such function."""
+    return tuple(getattr(kernel(name, problem.direction), function, lambda *_: ())(problem, *config))
 
 
 def select(problem: Problem, force: str | None = None) -> Plan:
@@ -176,13 +177,12 @@ def _select(problem: Problem, force: str | None) -> Plan:
         if candidate == "reference" and not name:
             reasons = ("it runs only when forced: its memory grows with M * N",)
         elif not (reasons or name):
-            rather_not = getattr(kernel(candidate, problem.direction), "rather_not", None)
-            reasons = tuple(rather_not(problem)) if rather_not else ()
+            reasons = _optional(candidate, "rather_not", problem)
         if not reasons:
             config = kernel(candidate, problem.direction).config(problem)
             if overrides and config is not None:
                 config = _override(config, json.loads(overrides))
-                reasons = tuple(getattr(kernel(candidate, problem.direction), "forbids", _nothing)(problem, config))
+                reasons = _optional(candidate, "forbids", problem, config)
             if not reasons:
                 return Plan(problem, candidate, config, tuple(rejected), bool(name))
         rejected.append((candidate, reasons))

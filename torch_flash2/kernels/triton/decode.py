@@ -395,7 +395,7 @@ def _even_splits(programs: int, slots: int, count: int, most: int) -> int:
 
 
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run it: out [B, H, M, Dv] in the query's dtype, laid out as B, M, H, Dv; lse fp32 [B, H, M]."""
+    """Run it: out [B, H, M, Dv] in the query's dtype, laid out in memory as the query; lse fp32 [B, H, M]."""
     out, lse = launching.outputs(call)
     keys = stored_keys(call)
     if problem.batch == 0 or 0 in call.query.shape or keys == 0:

@@ -164,7 +164,7 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run it: out [B, H, M, Dv] in the query's dtype, laid out as B, M, H, Dv; lse fp32 [B, H, M]."""
+    """Run it: out [B, H, M, Dv] in the query's dtype, laid out in memory as the query; lse fp32 [B, H, M]."""
     out, lse = launching.outputs(call)
     if problem.batch == 0 or 0 in call.query.shape or stored_keys(call) == 0:
         return out.zero_(), lse.fill_(-torch.inf)
