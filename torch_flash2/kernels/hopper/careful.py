@@ -20,7 +20,7 @@ KEYS_AT_ONCE = gl.constexpr(16)
 @gluon.jit
 def note_nan(tile, flags, place):
     """Set this program's flag and that at `place` to the program's number + 1 where a thread holds NaN (or infinities
-    of both signs in one row). No thread waits for another here, and `flags` is zeros: `repair` clears it."""
+    of both signs in one row). No thread waits for another here. `flags` are zeros, and what reads them clears them."""
     M: gl.constexpr = tile.shape[0]
     N: gl.constexpr = tile.shape[1]
     sums = gl.sum(gl.reshape(tile, [M, N // 8, 4, 2]), 1)  # [64, 4, 2]: what each thread holds

@@ -1,9 +1,10 @@
 """The Hopper forward: FlashAttention-3's pipeline (Shah et al. 2024, arXiv 2407.08608) in Gluon, sm90a.
 
 B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
-A persistent program has one producer warp, which claims tiles of query rows and loads queries, keys and values by TMA,
-and two or three warpgroups of 64 query rows each. A warpgroup issues Q K^T of the next tile of keys before the softmax
-of this one, keeps P in registers, and moves its maximum only when it grew by more than 2**8 (as FlashAttention-4 does).
+A persistent program has a scheduler warp, which claims tiles of query rows, a producer warp, which loads queries, keys
+and values by TMA, and two or three warpgroups of 64 query rows each. A warpgroup issues Q K^T of the next tile of keys
+before the softmax of this one, keeps P in registers, and moves its maximum only when it grew by more than 2**8 (as
+FlashAttention-4 does).
 """
 
 from __future__ import annotations
@@ -244,8 +245,8 @@ def _store(acc, weight, none, task, rule, inputs, buffers, WG: gl.constexpr, SHA
     row = task.row + WG * 64
     for c in gl.static_range(CHUNKS_V):
         tile = acc[c] * weight[:, None]
-        if rule.flags is None and rule.spans.used_q is not None:
-            # Rows of padding may hold anything; where there are flags, NaN among them is repaired.
+        if rule.spans.used_q is not None:
+            # Rows of padding may hold anything, and 0 times an infinity is NaN.
             tile = gl.where(none[:, None], 0.0, tile)
         tile = tile.to(OUT)
         if rule.spans.cu_q is None:

@@ -1,6 +1,6 @@
 """What flows through a Hopper kernel: tasks from the scheduler to the warpgroups, buffers, and turns between them.
 
-B segments, H query heads, M query rows, N keys. A task is one tile of query rows of one head; the producer warp claims
+B segments, H query heads, M query rows, N keys. A task is one tile of query rows of one head; the scheduler warp claims
 tasks from a counter in global memory and hands them on through shared memory.
 """
 
