@@ -210,7 +210,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, An
 
 
 def _entry(call: Call, dims: Call, index: int) -> list[Any]:
-    pairs = zip(call, dims, strict=True)
+    pairs: list[tuple[Any, Any]] = list(zip(call, dims, strict=True))
     return [
         value.select(dim, index) if isinstance(dim, int) and isinstance(value, torch.Tensor) else value
         for value, dim in pairs
