@@ -128,12 +128,8 @@ def shape(problem: Problem, config: Config) -> Shape:
 
 def descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     """How TMA sees a tensor [B, H, M, D] in tiles of rows x cols."""
-    # A dimension of size 1 may have any stride in PyTorch; TMA wants a multiple of 16 bytes even there.
-    strides = [
-        s if n != 1 else 16 * tensor.shape[3] for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
-    ]
     layout = gl.NVMMASharedLayout(min(cols * 2, 128), 16, 4)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, cols], layout)
+    return TensorDescriptor(tensor, list(tensor.shape), launching.tma_strides(tensor), [1, 1, rows, cols], layout)
 
 
 def swizzle(problem: Problem, call: Call) -> int:

@@ -460,7 +460,7 @@ def attention_forward(
     if flags is not None:
         places = flags + FLAGS
     rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, places)
-    count = (swizzle - 3) // 2
+    count = tiles.decoded(swizzle)
     if GROUPS == 2:
         gl.warp_specialize(
             [

@@ -138,7 +138,7 @@ def task_ring(READERS: gl.constexpr):
 
 @gluon.jit
 def put_task(ring, index, task):
-    """Hand on the index-th task (one warp), once the one before the last is done with."""
+    """Hand on the index-th task (one warp), once its place in the ring is free."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     slot = index % TASKS
     mbarrier.wait(ring.free.index(slot), ((index // TASKS) & 1) ^ 1)

@@ -53,7 +53,7 @@ def _load_turned(
             first = c < HALF
         turned = here & (c < 2 * HALF)
         other = tl.load(at + partner.to(tl.int64) * x.col, mask=turned, other=0.0).to(tl.float32)
-        p = tl.minimum(tl.maximum(place, 0), (turn.count - 3) // 2 - 1).to(tl.int64)[:, None]
+        p = tl.minimum(tl.maximum(place, 0), tiles.decoded(turn.count) - 1).to(tl.int64)[:, None]
         cos = tl.load(turn.cos.ptr + p * turn.cos.row + angle * turn.cos.col, mask=turned, other=1.0).to(tl.float32)
         sin = tl.load(turn.sin.ptr + p * turn.sin.row + angle * turn.sin.col, mask=turned, other=0.0).to(tl.float32)
         tile = tl.where(turned, tile.to(tl.float32) * cos + tl.where(first, -other, other) * sin, tile.to(tl.float32))
@@ -76,10 +76,10 @@ def append_rows(
     inside = (r < sizes.M) & (place >= 0) & (place < sizes.N)
     entries = sizes.group
     if PAGE > 0:
-        table = paging.table + tl.cast(b, tl.int64) * ((paging.row - 3) // 2)
+        table = paging.table + tl.cast(b, tl.int64) * tiles.decoded(paging.row)
         entry = tl.load(table + place // PAGE, mask=inside, other=-1)
         row = place % PAGE
-        entries = (paging.pages - 3) // 2
+        entries = tiles.decoded(paging.pages)
     else:
         entry = b + r * 0
         if batch_index is not None:

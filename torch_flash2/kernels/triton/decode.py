@@ -105,12 +105,12 @@ def _all_tiles(used, B, limit, BLOCK: tl.constexpr):
 def _part(span, index, splits, used, sizes, BLOCK: tl.constexpr):
     """The keys [start, stop) of a split: equal parts of the span, in whole tiles, of at least `splits.least` tiles."""
     count = tl.cdiv(span.stop - span.start, BLOCK)
-    parts = (splits.count - 3) // 2
+    parts = tiles.decoded(splits.count)
     if splits.wanted is not None:
-        limit = tl.minimum((splits.reach - 3) // 2, sizes.N)
-        part = tl.maximum(tl.cdiv(_all_tiles(used, sizes.B, limit, BLOCK), (splits.wanted - 3) // 2), 1)
+        limit = tl.minimum(tiles.decoded(splits.reach), sizes.N)
+        part = tl.maximum(tl.cdiv(_all_tiles(used, sizes.B, limit, BLOCK), tiles.decoded(splits.wanted)), 1)
         parts = tl.minimum(tl.maximum((count + part // 2) // part, 1), parts)
-    part = tl.maximum(tl.cdiv(count, parts), (splits.least - 3) // 2) * BLOCK
+    part = tl.maximum(tl.cdiv(count, parts), tiles.decoded(splits.least)) * BLOCK
     start = tl.minimum(span.start + index * part, span.stop)
     return start, tl.minimum(start + part, span.stop)
 
@@ -185,7 +185,7 @@ def _run(
         written = stored
     else:
         lse2 = tl.where(none, -float("inf"), row_max + tl.log2(tl.where(none, 1.0, row_sum)))
-        place = row * ((splits.count - 3) // 2) + split
+        place = row * tiles.decoded(splits.count) + split
         tl.store(splits.lse2 + place, lse2, mask=stored)
         col = 1
         cols = out.cols
@@ -249,7 +249,7 @@ def attention_decode(
         _run(q, q_rest, k, k_rest, v, v_plain, out, lse_ptr, splits, spans, sizes, scored, share, tile, MODE, STEPS)
     else:
         row = (tl.cast(b, tl.int64) * sizes.H + h) * sizes.M + m
-        at = splits.lse2 + (row * ((splits.count - 3) // 2) + split)
+        at = splits.lse2 + (row * tiles.decoded(splits.count) + split)
         tl.store(at, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=stored)
 
 
@@ -259,7 +259,7 @@ def decode_combine(
 ):  # fmt: skip
     """One row of out and lse from its splits. A split in which the row sees no key has lse -inf and left no output."""
     sizes = tiles.sizes_of(coded_sizes)
-    count = (splits.count - 3) // 2
+    count = tiles.decoded(splits.count)
     row = tl.program_id(0)
     m = row % sizes.M
     h = row // sizes.M % sizes.H

@@ -151,11 +151,14 @@ def load(config: Config, tensor: torch.Tensor, rows: int, cols: int) -> Any:
     pointer."""
     if not config.tma or not problem_module.tma_ready(tensor):
         return Strided.of(tensor)
+    return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), [1, 1, rows, cols])
+
+
+def tma_strides(tensor: torch.Tensor) -> list[int]:
+    """The strides of a [B, H, S, D] tensor that is ready for TMA."""
     # A dimension of size 1 may have any stride in PyTorch; TMA wants a multiple of 16 bytes even there.
-    strides = [
-        s if n != 1 else 16 * tensor.shape[3] for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
-    ]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, cols])
+    sizes = zip(tensor.stride()[:3], tensor.shape[:3], strict=True)
+    return [*(s if n != 1 else 16 * tensor.shape[3] for s, n in sizes), 1]
 
 
 def widths(problem: Problem) -> tuple[int, int]:
