@@ -150,10 +150,10 @@ def _grid(problem: Problem, config: Config, call: Call) -> tuple[int, int]:
 def _workspace(problem: Problem, config: Config, call: Call) -> int:
     """How many zeros a launch takes: two counters, and where bands or lengths hide keys flags for careful.note_nan."""
     programs, tiles = _grid(problem, config, call)
-    return COUNTERS + (programs + config.GROUPS * tiles if _hides(problem) else 0)
+    return COUNTERS + (programs + config.GROUPS * tiles if hides(problem) else 0)
 
 
-def _hides(problem: Problem) -> bool:
+def hides(problem: Problem) -> bool:
     return bool(problem.mask.bands) or problem.packed_k or "used_k" in problem.lengths
 
 
@@ -171,7 +171,7 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
         Plain(*map(Strided.of, (call.query, call.key, call.value, out))),
         lse,
         workspace,
-        workspace if _hides(problem) else None,
+        workspace if hides(problem) else None,
         coded(swizzle(problem, call)),
         *launching.bundle(problem, call),
         shape(problem, config),

@@ -302,7 +302,7 @@ def _accumulate_queries(
 
 
 @triton.jit
-def _query_gradient(
+def query_gradient(
     pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -363,7 +363,7 @@ def backward_queries(
 ):  # fmt: skip
     """dQ of one tile of query rows of one head."""
     pid = tl.program_id(0)
-    found = _query_gradient(
+    found = query_gradient(
         pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands, MODE, STEPS, False
     )
     if len(STEPS.KEYS) > 0 or rules.dense is not None:
@@ -372,7 +372,7 @@ def backward_queries(
         if found:
             # Other threads stored these elements first: without a barrier theirs may land last.
             tl.debug_barrier()
-            _query_gradient(
+            query_gradient(
                 pid + tl.minimum(pid, 0), q, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules,
                 scoring, operands, MODE, STEPS, True,
             )  # fmt: skip
@@ -421,7 +421,7 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
             if gradient is not None:
                 gradient.zero_()
         return found
-    stats = _launch_stats(call, out, lse, grad_out, grad_lse)
+    stats = launch_stats(call, out, lse, grad_out, grad_lse)
     sums = None
     if config.atomics and found.query is not None and found.key is not None:
         sums = torch.zeros(call.query.shape, dtype=torch.float32, device=call.query.device)
@@ -434,13 +434,19 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
         _launch_queries(problem, config.q, call, grad_out, stats, found.query, sums)
     if wanted[3]:
         bias_gradient.launch(problem, config.bias, call, grad_out, stats, found.bias)
-    if wanted[4]:
-        assert call.sinks is not None and found.sinks is not None
-        B, H, M = lse.shape
-        delta = stats.delta.view(B, H, stats.pitch)[:, :, :M]
-        sink = torch.exp(call.sinks.to(torch.float32)[None, :, None] - lse)
-        found.sinks.copy_(-torch.where(lse == -torch.inf, 0.0, sink * delta).sum((0, 2)))
+    sink_gradient(call, lse, stats, found.sinks)
     return found
+
+
+def sink_gradient(call: Call, lse: torch.Tensor, stats: RowStats, gradient: torch.Tensor | None) -> None:
+    """The gradient of sinks [H] from the rows' statistics; nothing where None is wanted."""
+    if gradient is None:
+        return
+    assert call.sinks is not None
+    B, H, M = lse.shape
+    delta = stats.delta.view(B, H, stats.pitch)[:, :, :M]
+    sink = torch.exp(call.sinks.to(torch.float32)[None, :, None] - lse)
+    gradient.copy_(-torch.where(lse == -torch.inf, 0.0, sink * delta).sum((0, 2)))
 
 
 def record(
@@ -450,9 +456,10 @@ def record(
     return recording.record(launch, problem, config, call, saved)
 
 
-def _launch_stats(
+def launch_stats(
     call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
 ) -> RowStats:
+    """The statistics of all query rows."""
     B, H, M, Dv = out.shape
     block_dv = tables.block_dim(Dv)
     block_m = min(64, 8192 // block_dv)
