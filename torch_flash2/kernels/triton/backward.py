@@ -19,8 +19,8 @@ import triton.language as tl
 from ...problem import Call, Gradients, Problem, Saved
 from ..bundles import Dropout, Grads, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
 from ..device import bands, philox, scores, tiles
-from . import bias_gradient, launching, recording, tables
-from .common import load_stats, query_tile, score_gradient, visible_keys
+from . import bias_gradient, fused, launching, recording, tables
+from .common import load_stats, query_tile, score_gradient, sums_of, visible_keys
 from .tables import BackwardConfig
 
 
@@ -139,9 +139,6 @@ def _accumulate_keys(
                 dk = tiles.add_dot_rows(dk, ds, q_rows, m0 + again, tile.M, MODE.BLOCK_M, MODE)
             else:
                 dk = tiles.add_dot(dk, ds, q, MODE)
-            if inputs.grads.sum_q is not None:
-                sum_rows = Rows(inputs.grads.sum_q, inputs.batch_q, h, inputs.start_q)
-                tiles.add_product(sum_rows, m0, tile.M, MASKED, k, ds, MODE)
     return dk, dv
 
 
@@ -302,6 +299,19 @@ def _accumulate_queries(
 
 
 @triton.jit
+def _load_sums(sums, stride, row, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, MODE: tl.constexpr):
+    """Rows row .. row + BLOCK_M, a multiple of 16, of the sums that fused.py left, in pieces."""
+    COLS: tl.constexpr = min(WIDTH, MODE.PIECE)
+    block = row // 16 + tl.arange(0, BLOCK_M // 16)
+    pieces = ()
+    for i in tl.static_range(WIDTH // COLS):
+        at = block.to(tl.int64)[:, None] * (16 * stride) + i * COLS * 16 + tl.arange(0, COLS * 16)[None, :]
+        x = tl.reshape(tl.load(sums + at), BLOCK_M // 16, COLS // 8, 2, 2, 8, 4)
+        pieces = pieces + (tl.reshape(tl.permute(x, 0, 2, 4, 1, 5, 3), BLOCK_M, COLS),)
+    return pieces
+
+
+@triton.jit
 def _query_gradient(
     pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr, CAREFUL: tl.constexpr,
@@ -347,8 +357,8 @@ def _query_gradient(
                     MODE, STEPS, False,
                 )  # fmt: skip
         else:
-            sums = Rows(sum_q, place.batch_q, h, place.start_q)
-            dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
+            sums = sums_of(sum_q, place.batch_q * sizes.H + h, place.start_q, b, spans.cu_q)
+            dq = _load_sums(sums, sum_q.row, place.row, BLOCK_M, BLOCK_D, MODE)
         used = (tile.at < tile.M)[:, None]
         dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
         tiles.store_pieces(grad, place.row, place.stored, dq, BLOCK_M)
@@ -392,8 +402,8 @@ def config(problem: Problem) -> BackwardConfig:
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
-    if config.atomics and problem.deterministic:
-        yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
+    if config.atomics:
+        yield from fused.why_not(problem, config.fused)
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
@@ -423,13 +433,14 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
         return found
     stats = _launch_stats(call, out, lse, grad_out, grad_lse)
     sums = None
-    if config.atomics and found.query is not None and found.key is not None:
-        sums = torch.zeros(call.query.shape, dtype=torch.float32, device=call.query.device)
-    if config.v is not None:
-        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, None, sums))
+    if config.atomics and config.fused is not None:
+        sums = fused.zero_sums(problem, call) if found.query is not None else None
+        fused.launch(problem, config.fused, call, grad_out, stats, found.key, found.value, sums)
+    elif config.v is not None:
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, None, None))
         _launch_keys(problem, config.v, call, grad_out, stats, Grads(None, found.value, None))
     else:
-        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, found.value, sums))
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, found.value, None))
     if found.query is not None:
         _launch_queries(problem, config.q, call, grad_out, stats, found.query, sums)
     if wanted[3]:

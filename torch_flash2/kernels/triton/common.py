@@ -107,6 +107,16 @@ def load_stats(stats, bh, m):
 
 
 @triton.jit
+def sums_of(sums, bh, start, b, cu):
+    """Pointer to the sums of dQ of segment b, which starts at row `start`, of head and batch entry bh: rows of packed
+    segments lie apart, so that each starts at a multiple of 16."""
+    at = sums.ptr + tl.cast(bh, tl.int64) * sums.head
+    if cu is not None:
+        at += tl.cast(start // 16 + b, tl.int64) * (16 * sums.row)
+    return at
+
+
+@triton.jit
 def visible_keys(tile, n, dense, LEFT: tl.constexpr):
     """Which of keys n the tile's rows see, [BLOCK_M, BLOCK_N]."""
     visible = n[None, :] < tile.hi[:, None]
