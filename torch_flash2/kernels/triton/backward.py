@@ -69,7 +69,6 @@ def _accumulate_keys(
     if inputs.grads.k is not None:
         v = tiles.load_pieces(values, tile.first, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
     segment = tl.minimum(b, sizes.B - 1)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     for i in tl.range(0, count * sizes.group if MODE.GROUPED else count):
         h = hk
         j = i
@@ -87,7 +86,7 @@ def _accumulate_keys(
         if rules.dense is not None:
             dense = tiles.dense_at(rules.dense, segment, h, inputs.start_q, inputs.start_k)
         steps = scores.prepare(operands.steps, segment, h, inputs.start_q, inputs.start_k, STEPS)
-        head = Head(scoring.scale, scale2, steps, dropout, dense)
+        head = Head(scoring.first, scoring.scale2, steps, dropout, dense)
         m = m0 + tl.arange(0, MODE.BLOCK_M)
         q_rows = Rows(inputs.q, inputs.batch_q, h, inputs.start_q)
         do_rows = Rows(inputs.grad_out, inputs.batch_q, h, inputs.start_q)
@@ -325,14 +324,13 @@ def _query_gradient(
     values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
     segment = tl.minimum(b, sizes.B - 1)
     steps = scores.prepare(operands.steps, segment, h, place.start_q, place.start_k, STEPS)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     dropout = None
     if operands.seed is not None:
         dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
     dense = None
     if rules.dense is not None:
         dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
-    head = Head(scoring.scale, scale2, steps, dropout, dense)
+    head = Head(scoring.first, scoring.scale2, steps, dropout, dense)
 
     q_rows = Rows(q, place.batch_q, h, place.start_q)
     do_rows = Rows(grad_out, place.batch_q, h, place.start_q)
@@ -397,13 +395,14 @@ def why_not(problem: Problem) -> Iterator[str]:
 
 def config(problem: Problem) -> BackwardConfig:
     """The measured or nearest configuration."""
-    return tables.backward(problem)
+    found = tables.backward(problem)
+    return found._replace(fused=None) if any(fused.why_not(problem)) else found
 
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
-    if config.atomics:
-        yield from fused.why_not(problem, config.fused)
+    if config.atomics and problem.deterministic:
+        yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:

@@ -19,11 +19,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...problem import Call, Problem, tma_ready
-from ..bundles import Grads, Head, RowStats, Rows, Strided
+from ..bundles import Grads, Head, Rows, RowStats, Strided
 from ..device import bands, scores, tiles
 from . import launching, tables
 from .common import load_stats, score_gradient, sums_of
 
+# Renamed in Triton 3.8; 3.9 has the new name only.
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 # Columns of a tile in shared memory: rows of 128 bytes, swizzled as a whole, can be read along either side.
 CHUNK = gl.constexpr(64)
 
@@ -63,9 +65,9 @@ class Place(NamedTuple):
 
 
 @gluon.constexpr_function
-def _matrix():
-    """The shared layout of a tile [rows, CHUNK]."""
-    return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+def _matrix(columns):
+    """The shared layout of a tile [rows, columns]."""
+    return gl.SwizzledSharedLayout(8, max(64 // columns, 1), min(columns // 8, 8), [1, 0])
 
 
 @gluon.constexpr_function
@@ -75,11 +77,19 @@ def _accumulator(rows, WARPS):
 
 
 @gluon.jit
-def _copy_rows(
-    buffer, at, rows, row, limit, BLOCK: gl.constexpr, CHUNKS: gl.constexpr, WARPS: gl.constexpr
-):  # fmt: skip
-    """Begin to copy rows row .. row + BLOCK of a segment into CHUNKS places of a buffer from `at` on; 0 past limit and
-    past the tensor's columns. All strides and columns are multiples of 8 elements."""
+def _buffers(DTYPE: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr):
+    """Room for tiles [ROWS, CHUNK], STAGES of each chunk. Chunks are allocations of their own: between two copies into
+    one of them Triton puts a barrier."""
+    found = ()
+    for _ in gl.static_range(CHUNKS):
+        found = found + (gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, CHUNK], _matrix(CHUNK)),)
+    return found
+
+
+@gluon.jit
+def _copy_rows(buffers, slot, rows, row, limit, BLOCK: gl.constexpr, WARPS: gl.constexpr):
+    """Begin to copy rows row .. row + BLOCK of a segment into a slot of its buffers; 0 past limit and past the tensor's
+    columns. All strides and columns are multiples of 8 elements."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     x = rows.x
     r = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, L))
@@ -89,28 +99,28 @@ def _copy_rows(
     base += gl.cast(rows.batch, gl.int64) * (x.batch // 8 * 8) + gl.cast(rows.head, gl.int64) * (x.head // 8 * 8)
     pointers = (x.ptr + base) + (r[:, None] * stride + c[None, :])
     inside = (row + r < limit)[:, None]
-    for i in gl.static_range(CHUNKS):
+    for i in gl.static_range(len(buffers)):
         columns = (c + i * CHUNK < x.cols // 8 * 8)[None, :]
-        async_copy.async_copy_global_to_shared(buffer.index(at + i), pointers + i * CHUNK, mask=inside & columns)
+        copy(buffers[i].index(slot), pointers + i * CHUNK, mask=inside & columns)
 
 
 @gluon.jit
-def _dot_chunks(x, x_at, y, y_at, ROWS: gl.constexpr, COLS: gl.constexpr, CHUNKS: gl.constexpr, L: gl.constexpr):
-    """X Y^T [ROWS, COLS] of two tiles in shared memory."""
+def _dot_chunks(x, y, slot, ROWS: gl.constexpr, COLS: gl.constexpr, L: gl.constexpr):
+    """X Y^T [ROWS, COLS] of two tiles in shared memory, the second in a slot."""
     product = gl.zeros([ROWS, COLS], gl.float32, L)
-    for i in gl.static_range(CHUNKS):
-        left = x.index(x_at + i).load(gl.DotOperandLayout(0, L, 2))
-        right = y.index(y_at + i).permute((1, 0)).load(gl.DotOperandLayout(1, L, 2))
+    for i in gl.static_range(len(x)):
+        left = x[i].index(0).load(gl.DotOperandLayout(0, L, 2))
+        right = y[i].index(slot).permute((1, 0)).load(gl.DotOperandLayout(1, L, 2))
         product = mma_v2(left, right, product)
     return product
 
 
 @gluon.jit
-def _add_dot(totals, x, y, y_at, CHUNKS: gl.constexpr, L: gl.constexpr):
-    """totals + X Y, where totals are accumulators of CHUNK columns, and Y is in shared memory."""
+def _add_dot(totals, x, y, slot, L: gl.constexpr):
+    """totals + X Y, where totals are accumulators of CHUNK columns, and Y is in a slot of shared memory."""
     sums = ()
-    for i in gl.static_range(CHUNKS):
-        right = y.index(y_at + i).load(gl.DotOperandLayout(1, L, 2))
+    for i in gl.static_range(len(totals)):
+        right = y[i].index(slot).load(gl.DotOperandLayout(1, L, 2))
         sums = sums + (mma_v2(x, right, totals[i]),)
     return sums
 
@@ -124,26 +134,32 @@ def _zeros(ROWS: gl.constexpr, CHUNKS: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _add_queries(sums, ds, keys, row, limit, SHAPE: gl.constexpr):
+def _add_queries(sums, ds, keys, row, SHAPE: gl.constexpr):
     """Add dS K [BLOCK_M, D] to the sums of rows row .. row + BLOCK_M, atomically.
 
-    The sums lie as the accumulator does, so that a warp adds to 128 bytes in a row: blocks of 16 rows, in them blocks of 8
-    columns, in them (row half, column parity, row, column pair).
+    The sums lie as the accumulator does, so that a warp adds to 128 bytes in a row: blocks of 16 rows, in them blocks
+    of 8 columns, in them (row half, column parity, row, column pair).
     """
     BLOCK_M: gl.constexpr = SHAPE.BLOCK_M
     CHUNKS: gl.constexpr = SHAPE.CHUNKS_D
     L: gl.constexpr = _accumulator(SHAPE.WARPS_Q, SHAPE.WARPS)
     r = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, L))
     c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, L))
-    at_row = r // 16 * (16 * CHUNK * CHUNKS) + r % 16 // 8 * 64 + r % 8 * 4
-    at_column = c // 8 * 128 + c % 2 * 32 + c % 8 // 2
-    pointers = (sums + gl.cast(row, gl.int64) * (CHUNK * CHUNKS)) + (at_row[:, None] + at_column[None, :])
-    inside = (row + r < limit)[:, None]
-    left = ds.permute((1, 0)).load(gl.DotOperandLayout(0, L, 2))
+    at_row = (r >> 4) * (16 * CHUNK * CHUNKS) + ((r >> 3) & 1) * 64 + (r & 7) * 4
+    at_column = (c >> 3) * 128 + (c & 1) * 32 + ((c & 7) >> 1)
+    pointers = sums + gl.cast(row, gl.int64) * (CHUNK * CHUNKS)
+    # In 64 bits: a sum of 32 bits might overflow, for all that the compiler knows, and each element took an address.
+    pointers += at_row.to(gl.int64)[:, None] + at_column.to(gl.int64)[None, :]
+    products = _zeros(BLOCK_M, CHUNKS, L)
+    for j in gl.static_range(SHAPE.BLOCK_N // CHUNK):
+        left = ds.slice(j * CHUNK, CHUNK, 0).permute((1, 0)).load(gl.DotOperandLayout(0, L, 2))
+        added = ()
+        for i in gl.static_range(CHUNKS):
+            right = keys[i].index(0).slice(j * CHUNK, CHUNK, 0).load(gl.DotOperandLayout(1, L, 2))
+            added = added + (mma_v2(left, right, products[i]),)
+        products = added
     for i in gl.static_range(CHUNKS):
-        right = keys.index(i).load(gl.DotOperandLayout(1, L, 2))
-        product = mma_v2(left, right, gl.zeros([BLOCK_M, CHUNK], gl.float32, L))
-        gl.atomic_add(pointers + i * (16 * CHUNK), product, mask=inside, sem="relaxed")
+        gl.atomic_add(pointers + i * (16 * CHUNK), products[i], sem="relaxed")
 
 
 @gluon.jit
@@ -226,23 +242,23 @@ def backward_fused(
     total = count * sizes.group
 
     # The key and value tiles stay; queries and output gradients stream past, head after head of the group.
-    keys = gl.allocate_shared_memory(DTYPE, [CHUNKS_D, BLOCK_N, CHUNK], _matrix())
-    values = gl.allocate_shared_memory(DTYPE, [CHUNKS_V, BLOCK_N, CHUNK], _matrix())
-    queries = gl.allocate_shared_memory(DTYPE, [STAGES * CHUNKS_D, BLOCK_M, CHUNK], _matrix())
-    upstream = gl.allocate_shared_memory(DTYPE, [STAGES * CHUNKS_V, BLOCK_M, CHUNK], _matrix())
-    ds_buffer = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], _matrix())
+    keys = _buffers(DTYPE, CHUNKS_D, 1, BLOCK_N)
+    values = _buffers(DTYPE, CHUNKS_V, 1, BLOCK_N)
+    queries = _buffers(DTYPE, CHUNKS_D, STAGES, BLOCK_M)
+    upstream = _buffers(DTYPE, CHUNKS_V, STAGES, BLOCK_M)
+    p_buffer = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], _matrix(BLOCK_M))
+    ds_buffer = gl.allocate_shared_memory(DTYPE, [BLOCK_N, BLOCK_M], _matrix(BLOCK_M))
     k_rows = Rows(k, place.batch_k, place.hk, place.start_k)
     v_rows = Rows(v, place.batch_k, place.hk, place.start_k)
     h, m0, _ = _step(0, total, count, masked, span, sizes.group, place.hk, SHAPE)
     limit = gl.where(total > 0, place.M, 0)
-    _copy_rows(keys, 0, k_rows, place.n0, place.N, BLOCK_N, CHUNKS_D, WARPS)
-    _copy_rows(values, 0, v_rows, place.n0, place.N, BLOCK_N, CHUNKS_V, WARPS)
-    _copy_rows(queries, 0, Rows(q, place.batch_q, h, place.start_q), m0, limit, BLOCK_M, CHUNKS_D, WARPS)
-    _copy_rows(upstream, 0, Rows(grad_out, place.batch_q, h, place.start_q), m0, limit, BLOCK_M, CHUNKS_V, WARPS)
+    _copy_rows(keys, 0, k_rows, place.n0, place.N, BLOCK_N, WARPS)
+    _copy_rows(values, 0, v_rows, place.n0, place.N, BLOCK_N, WARPS)
+    _copy_rows(queries, 0, Rows(q, place.batch_q, h, place.start_q), m0, limit, BLOCK_M, WARPS)
+    _copy_rows(upstream, 0, Rows(grad_out, place.batch_q, h, place.start_q), m0, limit, BLOCK_M, WARPS)
     async_copy.commit_group()
     dk = _zeros(BLOCK_N, CHUNKS_D, G)
     dv = _zeros(BLOCK_N, CHUNKS_V, G)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     segment = gl.minimum(place.b, sizes.B - 1)
     for i in range(total):
         h, m0, has_mask = _step(i, total, count, masked, span, sizes.group, place.hk, SHAPE)
@@ -254,38 +270,38 @@ def backward_fused(
         async_copy.wait_group(0)
         if STAGES > 1:
             ahead = (i + 1) % STAGES
-            _copy_rows(queries, ahead * CHUNKS_D, next_q, next_m0, next_limit, BLOCK_M, CHUNKS_D, WARPS)
-            _copy_rows(upstream, ahead * CHUNKS_V, next_do, next_m0, next_limit, BLOCK_M, CHUNKS_V, WARPS)
+            _copy_rows(queries, ahead, next_q, next_m0, next_limit, BLOCK_M, WARPS)
+            _copy_rows(upstream, ahead, next_do, next_m0, next_limit, BLOCK_M, WARPS)
             async_copy.commit_group()
         m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S))
         lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + m)
         # Transposed tiles [BLOCK_N, BLOCK_M]: P and dS are the left operands of dV and dK.
-        s = _dot_chunks(keys, 0, queries, slot * CHUNKS_D, BLOCK_N, BLOCK_M, CHUNKS_D, S)
+        s = _dot_chunks(keys, queries, slot, BLOCK_N, BLOCK_M, S)
         steps = scores.prepare(operands.steps, segment, h, place.start_q, place.start_k, STEPS)
-        head = Head(scoring.scale, scale2, steps, None, None)
+        head = Head(scoring.first, scoring.scale2, steps, None, None)
         inside = (m < place.M)[None, :] & (n < place.N)[:, None]
         s, slope = score_gradient(s, m[None, :], n[:, None], shift, inside, head, STEPS)
-        p = gl.exp2(s * scale2 - lse2[None, :])
+        p = gl.exp2(s * scoring.scale2 - lse2[None, :])
         if has_mask:
             p = gl.where((m[None, :] < hi[:, None]) & (m[None, :] >= lo[:, None]), p, 0.0)
-        dp = _dot_chunks(values, 0, upstream, slot * CHUNKS_V, BLOCK_N, BLOCK_M, CHUNKS_V, S)
+        dp = _dot_chunks(values, upstream, slot, BLOCK_N, BLOCK_M, S)
         ds = p * (dp - delta[None, :]) * slope
         if has_mask:
             # A masked value may be NaN, and 0 * NaN is NaN.
-            ds = gl.where((m[None, :] < hi[:, None]) & (m[None, :] >= lo[:, None]), ds, 0.0)
+            ds = gl.where(p == 0.0, 0.0, ds)
+        p_buffer.store(p.to(DTYPE))
         ds_buffer.store(ds.to(DTYPE))
-        left = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, G, 2))
-        dv = _add_dot(dv, left, upstream, slot * CHUNKS_V, CHUNKS_V, G)
+        left = p_buffer.load(gl.DotOperandLayout(0, G, 2))
+        dv = _add_dot(dv, left, upstream, slot, G)
         left = ds_buffer.load(gl.DotOperandLayout(0, G, 2))
-        dk = _add_dot(dk, left, queries, slot * CHUNKS_D, CHUNKS_D, G)
+        dk = _add_dot(dk, left, queries, slot, G)
         if STAGES == 1:
-            gl.thread_barrier()
-            _copy_rows(queries, 0, next_q, next_m0, next_limit, BLOCK_M, CHUNKS_D, WARPS)
-            _copy_rows(upstream, 0, next_do, next_m0, next_limit, BLOCK_M, CHUNKS_V, WARPS)
+            _copy_rows(queries, 0, next_q, next_m0, next_limit, BLOCK_M, WARPS)
+            _copy_rows(upstream, 0, next_do, next_m0, next_limit, BLOCK_M, WARPS)
             async_copy.commit_group()
         if grads.sum_q is not None:
             sums = sums_of(grads.sum_q, place.batch_q * sizes.H + h, place.start_q, place.b, spans.cu_q)
-            _add_queries(sums, ds_buffer, keys, m0, place.M, SHAPE)
+            _add_queries(sums, ds_buffer, keys, m0, SHAPE)
     async_copy.wait_group(0)
     if grads.k is not None:
         to = Rows(grads.k, place.batch_k, place.hk, place.start_k)
@@ -297,27 +313,22 @@ def backward_fused(
 
 def zero_sums(problem: Problem, call: Call) -> torch.Tensor:
     """Zeros fp32 [B * H, rows, columns] for the sums of dQ, with room for a tile past the last row."""
-    rows = triton.cdiv(call.query.shape[2], 128) * 128
-    if problem.packed_q:
-        rows += 16 * (problem.batch + 1) + 128
+    rows = (triton.cdiv(call.query.shape[2], 128) + (problem.batch + 1 if problem.packed_q else 0)) * 128
+    columns = triton.cdiv(problem.head_dim, CHUNK.value) * CHUNK.value
     heads = call.query.shape[0] * problem.heads
-    return call.query.new_zeros(heads, rows, triton.cdiv(problem.head_dim, CHUNK.value) * CHUNK.value, dtype=torch.float32)
+    return call.query.new_zeros(heads, rows, columns, dtype=torch.float32)
 
 
-def why_not(problem: Problem, config: tables.Fused | None) -> Iterator[str]:
+def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
-    if config is None or launching.INTERPRETED:
-        yield "atomics are for GPUs of compute capability 8 and 12"
-    if problem.deterministic:
-        yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
+    if launching.INTERPRETED:
+        yield "Triton's interpreter cannot run Gluon"
     if problem.dtype not in (torch.float16, torch.bfloat16):
-        yield f"atomics are for float16 and bfloat16, got {problem.dtype}"
-    if max(problem.head_dim, problem.head_dim_v) > 256 or problem.head_dim % 8 or problem.head_dim_v % 8:
-        yield f"atomics are for head dims up to 256, multiples of 8, got {problem.head_dim} and {problem.head_dim_v}"
-    if problem.layout != "aligned" or problem.wide:
-        yield "atomics need unit stride on D and multiples of 16 bytes everywhere else"
+        yield f"it has float16 and bfloat16, got {problem.dtype}"
+    if problem.layout != "aligned" or problem.head_dim_v % 8 or problem.wide:
+        yield "it needs unit stride on D and multiples of 16 bytes everywhere else"
     if problem.dense or problem.dropout:
-        yield "dense masks and dropout have no kernel with atomics"
+        yield "it has no dense masks and no dropout"
 
 
 def launch(

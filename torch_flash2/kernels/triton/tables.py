@@ -52,7 +52,8 @@ class BackwardConfig(NamedTuple):
     """One way to run the backward: the kernels of dK and dV, of dQ, and of the bias's gradient.
 
     Where `v` is given, dK and dV are two launches, of kv and of v: one product more, and half the accumulators.
-    `atomics`: one kernel, `fused`, adds dQ in an order that varies.
+    `atomics` are allowed: where the table has `fused`, which is then the faster, that kernel adds dQ in an order that
+    varies.
     """
 
     kv: Config
