@@ -1,5 +1,5 @@
-"""The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic; atomics on
-request.
+"""The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic; atomics, see
+fused.py, on request.
 
 B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 With P the probabilities and delta = rowsum(dO * O) - dLSE: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K, dK
@@ -407,10 +407,13 @@ def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     """Configurations worth measuring: each kernel's, beside the other's default."""
-    default = tables.backward(problem)
+    default = config(problem)
     for candidate in tables.sweep(problem):
         yield default._replace(kv=candidate)
         yield default._replace(q=candidate)
+    if default.fused is not None and not problem.deterministic:
+        for candidate in tables.sweep_fused():
+            yield default._replace(fused=candidate, atomics=True)
 
 
 def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -> Gradients:
@@ -432,8 +435,8 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
         return found
     stats = _launch_stats(call, out, lse, grad_out, grad_lse)
     sums = None
-    if config.atomics and config.fused is not None:
-        sums = fused.zero_sums(problem, call) if found.query is not None else None
+    if config.fused is not None and (config.atomics or config.v is not None):
+        sums = fused.zero_sums(problem, call) if config.atomics and found.query is not None else None
         fused.launch(problem, config.fused, call, grad_out, stats, found.key, found.value, sums)
     elif config.v is not None:
         _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, None, None))

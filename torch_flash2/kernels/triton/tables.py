@@ -51,9 +51,9 @@ class Fused(NamedTuple):
 class BackwardConfig(NamedTuple):
     """One way to run the backward: the kernels of dK and dV, of dQ, and of the bias's gradient.
 
-    Where `v` is given, dK and dV are two launches, of kv and of v: one product more, and half the accumulators.
-    `atomics` are allowed: where the table has `fused`, which is then the faster, that kernel adds dQ in an order that
-    varies.
+    Where `v` is given, dK and dV are two launches, of kv and of v: one product more, and half the accumulators. Where
+    the table has `fused`, it computes both instead of two launches; and dQ too where `atomics` are allowed, since it is
+    the fastest then.
     """
 
     kv: Config
@@ -144,3 +144,10 @@ def sweep(problem: Problem) -> Iterator[Config]:
     for block_m, block_n, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
         if block_m >= block_n // 2:
             yield from (Config(block_m, block_n, warps, stages, tma) for tma in ((False, True) if hopper else (False,)))
+
+
+def sweep_fused() -> Iterator[Fused]:
+    """Configurations of fused.py's kernel worth measuring."""
+    for block_m, block_n, warps, stages in itertools.product((32, 64), (64, 128), (4, 8), (1, 2)):
+        for warps_s, warps_k in itertools.product((2, 4), (2, 4)):
+            yield Fused(block_m, block_n, warps, stages, warps_s, warps_k, 2)
