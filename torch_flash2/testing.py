@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -406,10 +407,12 @@ def _slack(leaf: torch.Tensor, exact: Results, name: str, grad_out: torch.Tensor
     largest = _largest(exact.lse) * _largest(exact.gradients[name])
     slack = 2 * torch.finfo(torch.float32).eps * largest
     if name == "bias" and leaf.shape[3] == 1 and leaf.numel() > 0:
-        # Constant along a row, its gradient cancels but for the rounding of out in dO . O; it may be one number, for
-        # which a draw as in _noise may be too small by chance.
-        noise = torch.finfo(dtype).eps * (grad_out * exact.out).norm().item()
-        slack += 2 * noise / leaf.numel() ** 0.5
+        # Constant along a row, its gradient is what dO . O and the row's sum of P dP leave of one another: the rounding
+        # of out, and in both sums over Dv that of the products and of log2(Dv) levels of additions, each half an ulp of
+        # dO * O. It may be one number, for which a draw as in _noise or plain PyTorch's may be too small by chance.
+        terms = (grad_out * exact.out).norm().item() / leaf.numel() ** 0.5
+        levels = 2 * (1 + math.log2(max(exact.out.shape[3], 1)))
+        slack += 2 * terms * math.hypot(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * levels**0.5)
     return slack
 
 

@@ -81,10 +81,13 @@ class Rules(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What turns products into probabilities: the softmax scale; dropout's 32-bit threshold, as two coded halves, and
+    """What turns products into probabilities: the softmax scale; the factor from products to the first score step's
+    input; that from what goes into the softmax to log2 units; dropout's 32-bit threshold, as two coded halves, and
     1 / (1 - p)."""
 
     scale: float
+    first: float
+    scale2: float
     threshold_high: int
     threshold_low: int
     inverse_keep: float
@@ -226,10 +229,10 @@ class Span(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What all tiles of one head of one segment share: the softmax scale, the factor from scores to log2 units, the
-    steps' prepared operands, Dropout or None, and the dense mask's (pointer, row stride, col stride) or None."""
+    """What all tiles of one head of one segment share: two factors of Scoring, the steps' prepared operands, Dropout or
+    None, and the dense mask's (pointer, row stride, col stride) or None."""
 
-    scale: Any
+    first: Any
     scale2: Any
     steps: Any
     dropout: Any

@@ -1,7 +1,8 @@
 """The score steps of scores.py on the device, elementwise, for portable and Gluon kernels alike.
 
 Per step: `<step>_prepare(operand, b, h)` loads what a program needs once, `<step>_value(score, operand, m, n, distance,
-inside)` is the step, `<step>_slope(output, operand)` its derivative as a function of its output. m and n are positions
+inside)` is the step, `<step>_slope(output, operand)` its derivative as a function of its output. Softcap, which comes
+first, takes its input divided by the cap; where it is the only step, it leaves its output so too. m and n are positions
 in the tensors as stored, of shapes that broadcast to the score tile in either orientation; inside says which scores
 exist.
 """
@@ -50,18 +51,33 @@ def softcap_prepare(softcap, batch, h, start_m, start_n):
 
 @triton.jit
 def softcap_value(score, softcap, m, n, distance, inside):
-    return softcap * tanh(score * (1.0 / softcap))
+    return softcap * tanh(score)
 
 
 @triton.jit
 def softcap_approx_value(score, softcap, m, n, distance, inside):
-    return softcap * tanh_approx(score * (1.0 / softcap))
+    return softcap * tanh_approx(score)
 
 
 @triton.jit
 def softcap_slope(output, softcap):
     ratio = output * (1.0 / softcap)
     return 1.0 - ratio * ratio
+
+
+@triton.jit
+def softcap_only_value(score, softcap, m, n, distance, inside):
+    return tanh(score)
+
+
+@triton.jit
+def softcap_only_approx_value(score, softcap, m, n, distance, inside):
+    return tanh_approx(score)
+
+
+@triton.jit
+def softcap_only_slope(output, softcap):
+    return 1.0 - output * output
 
 
 @triton.jit

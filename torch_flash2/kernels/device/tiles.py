@@ -329,27 +329,6 @@ def store_pieces(rows, row, limit, pieces, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_product(rows, row, limit, CHECK: tl.constexpr, x, y, MODE: tl.constexpr):
-    """Add (x^T y)^T [BLOCK_M, columns], x in pieces of columns, to rows row .. row + BLOCK_M of fp32 sums, atomically.
-
-    Columns first, and columns that Triton does not know to be neighbours: then the threads of a warp take one column
-    each. A thread that took four would add them one after the other, and a warp would touch four times as many sectors.
-    """
-    r = tl.arange(0, MODE.BLOCK_M)
-    apart = tl.minimum(limit, 0) if MODE.PIECE < 512 else 0
-    COLS: tl.constexpr = x[0].shape[1]
-    for i in tl.static_range(len(x)):
-        c = i * COLS + (tl.arange(0, COLS) ^ apart)
-        at = base_of(rows, row) + (r.to(tl.int64)[None, :] * rows.x.row + c[:, None] * rows.x.col)
-        product = tl.dot(x[i].T, y, input_precision=MODE.PRECISION)
-        if CHECK or not MODE.EVEN:
-            inside = (c < rows.x.cols)[:, None] & (row + r < limit)[None, :]
-            tl.atomic_add(at, product, mask=inside, sem="relaxed")
-        else:
-            tl.atomic_add(at, product, sem="relaxed")
-
-
-@triton.jit
 def base_of(rows, row):
     """Pointer to a row of a segment, in 64 bits."""
     x = rows.x

@@ -19,13 +19,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ... import problem as problem_module
 from ...problem import Call, Gradients, Problem, Saved
 from ..bundles import Mode, RowStats, Strided, coded
-from ..triton import backward as portable
 from ..triton import launching, recording, tables
-from . import forward
+from ..triton.statistics import launch_stats, sink_gradient
+from . import calls
 from .backward_keys import backward_keys
 from .backward_pipeline import BackwardShape, KeyOutputs, QueryOutputs
 from .backward_queries import backward_queries
-from .forward import L2_BYTES, descriptor
+from .calls import descriptor
 from .repair import finish_queries, repair_queries
 
 # Programs of the kernel that looks for marked tiles, for each multiprocessor.
@@ -57,7 +57,7 @@ class BackwardConfig(NamedTuple):
 
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
-    yield from forward.why_not(problem)
+    yield from calls.why_not(problem)
     rows = 2 * problem.batch * problem.heads * (problem.seqlen_q + 256)
     if rows >= 2**31:
         yield "the call has more query rows over all heads than TMA can count"
@@ -133,7 +133,7 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
             if gradient is not None:
                 gradient.zero_()
         return found
-    stats = portable.launch_stats(call, out, lse, grad_out, grad_lse)
+    stats = launch_stats(call, out, lse, grad_out, grad_lse)
     if config.fused is not None and found.query is not None:
         _launch_fused(problem, config.fused, call, grad_out, stats, found)
     else:
@@ -141,7 +141,7 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
             _launch_keys(problem, config.keys, call, grad_out, stats, found)
         if found.query is not None:
             _launch_queries(problem, config.queries, call, grad_out, stats, found.query)
-    portable.sink_gradient(call, lse, stats, found.sinks)
+    sink_gradient(call, lse, stats, found.sinks)
     return found
 
 
@@ -217,7 +217,7 @@ def _swizzle(problem: Problem, call: Call) -> int:
     if not problem.mask.bands and not problem.lengths:
         return 1
     row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
-    heads = max(1, L2_BYTES // max(row_bytes, 1))
+    heads = max(1, calls.L2_BYTES // max(row_bytes, 1))
     return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch))
 
 
@@ -230,14 +230,14 @@ def _launch_queries(
     problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor
 ) -> None:  # fmt: skip
     programs = _tiles(problem, config, call)
-    flags = launching.zeros(call.query.device, programs) if forward.hides(problem) else None
+    flags = launching.zeros(call.query.device, programs) if calls.hides(problem) else None
     bundle = launching.bundle(problem, call)
     steps = launching.steps(problem)
     arguments = (
         *_inputs(config, call, grad_out, 64, config.BLOCK),
         descriptor(grad_q, 64, config.WIDTH_D),
         QueryOutputs(Strided.of(grad_q), stats, flags),
-        coded(forward.swizzle(problem, call)),
+        coded(calls.swizzle(problem, call)),
         *bundle,
         _shape(problem, config),
         steps,

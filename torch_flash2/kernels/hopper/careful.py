@@ -66,7 +66,6 @@ def attend_carefully(
     lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
     lse = gl.load(rule.lse + lse_at + m, mask=m < task.stored, other=0.0)
     lse2 = gl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else rule.scoring.scale * scores.LOG2E
     start = task.top - (task.count - 1) * BLOCK_N
     stop = gl.minimum(task.top + BLOCK_N, task.used_k)
     r = (first + gl.arange(0, 64, layout=gl.SliceLayout(1, TALL)))[:, None]
@@ -86,8 +85,8 @@ def attend_carefully(
             visible = (n >= lo[:, None]) & (n < hi[:, None])
             if len(STEPS.VALUE) > 0:
                 at = m[:, None]
-                s = scores.apply(s * rule.scoring.scale, steps, at, n, at + shift - n, visible, STEPS)
-            p = gl.exp2(gl.where(visible, s, -float("inf")) * scale2 - lse2[:, None])
+                s = scores.apply(s * rule.scoring.first, steps, at, n, at + shift - n, visible, STEPS)
+            p = gl.exp2(gl.where(visible, s, -float("inf")) * rule.scoring.scale2 - lse2[:, None])
             rows = (n0 + gl.arange(0, N16, layout=gl.SliceLayout(1, TALL)))[:, None]
             columns = (column + gl.arange(0, WIDE, layout=gl.SliceLayout(0, TALL)))[None, :]
             value, bad = tiles.finite(_load(v, rows, columns, task.used_k, TALL))

@@ -58,8 +58,7 @@ def _scored(task, rule, STEPS: gl.constexpr):
     """What the scores of a task need."""
     segment = gl.minimum(task.b, rule.sizes.B - 1)
     steps = scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else rule.scoring.scale * scores.LOG2E
-    return Scored(scale2, steps)
+    return Scored(rule.scoring.scale2, steps)
 
 
 @gluon.jit
@@ -152,7 +151,7 @@ def _scores_of(s, n0, done, scored, rule, buffers, WG: gl.constexpr, SHAPE: gl.c
         task, m, n, shift = _positions(n0, done, buffers, L, WG, SHAPE)
         inside = (m < task.used_q)[:, None] & (n < task.used_k)[None, :]
         distance = (m + shift)[:, None] - n[None, :]
-        s = s * rule.scoring.scale
+        s = s * rule.scoring.first
         s = scores.apply(s, scored.steps, m[:, None], n[None, :], distance, inside, STEPS)
     return s
 

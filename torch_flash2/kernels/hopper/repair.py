@@ -9,8 +9,8 @@ import triton.language as tl
 
 from ..bundles import Rows
 from ..device import tiles
-from ..triton.backward import query_gradient
 from ..triton.common import query_tile
+from ..triton.query_gradient import query_gradient
 
 
 @triton.jit

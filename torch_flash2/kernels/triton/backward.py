@@ -1,5 +1,5 @@
-"""The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic; atomics on
-request.
+"""The portable backward in Triton, sm80 and up: one kernel for dK and dV, one for dQ, deterministic; atomics, see
+fused.py, on request.
 
 B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 With P the probabilities and delta = rowsum(dO * O) - dLSE: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale dS K, dK
@@ -17,36 +17,13 @@ import triton
 import triton.language as tl
 
 from ...problem import Call, Gradients, Problem, Saved
-from ..bundles import Dropout, Grads, Head, Queries, Rows, RowStats, Sizes, Strided, Tile
+from ..bundles import Dropout, Grads, Head, Queries, Rows, RowStats, Strided, Tile
 from ..device import bands, philox, scores, tiles
-from . import bias_gradient, launching, recording, tables
-from .common import load_stats, query_tile, score_gradient, visible_keys
+from . import bias_gradient, fused, launching, recording, tables
+from .common import load_stats, score_gradient
+from .query_gradient import query_gradient
+from .statistics import launch_stats, sink_gradient
 from .tables import BackwardConfig
-
-
-@triton.jit
-def backward_stats(
-    out, grad_out, lse_ptr, grad_lse_ptr, stats, coded_sizes, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
-):
-    """RowStats of one tile of rows; a row that sees no key has delta 0."""
-    sizes = tiles.sizes_of(coded_sizes)
-    count = stats.pitch // BLOCK_M
-    row = tl.program_id(0) % count * BLOCK_M
-    bh = tl.program_id(0) // count
-    m = row + tl.arange(0, BLOCK_M)
-    o = tiles.load_rows(Rows(out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True)
-    do = tiles.load_rows(
-        Rows(grad_out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True
-    )
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    at = tl.cast(bh, tl.int64) * sizes.M + m
-    if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + at, mask=m < sizes.M, other=0.0)
-    lse = tl.load(lse_ptr + at, mask=m < sizes.M, other=-float("inf"))
-    seen = lse != -float("inf")
-    to = tl.cast(bh, tl.int64) * stats.pitch + m
-    tl.store(stats.lse2 + to, tl.where(seen, lse * scores.LOG2E, float("inf")))
-    tl.store(stats.delta + to, tl.where(seen, delta, 0.0))
 
 
 @triton.jit
@@ -69,7 +46,6 @@ def _accumulate_keys(
     if inputs.grads.k is not None:
         v = tiles.load_pieces(values, tile.first, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
     segment = tl.minimum(b, sizes.B - 1)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     for i in tl.range(0, count * sizes.group if MODE.GROUPED else count):
         h = hk
         j = i
@@ -87,7 +63,7 @@ def _accumulate_keys(
         if rules.dense is not None:
             dense = tiles.dense_at(rules.dense, segment, h, inputs.start_q, inputs.start_k)
         steps = scores.prepare(operands.steps, segment, h, inputs.start_q, inputs.start_k, STEPS)
-        head = Head(scoring.scale, scale2, steps, dropout, dense)
+        head = Head(scoring.first, scoring.scale2, steps, dropout, dense)
         m = m0 + tl.arange(0, MODE.BLOCK_M)
         q_rows = Rows(inputs.q, inputs.batch_q, h, inputs.start_q)
         do_rows = Rows(inputs.grad_out, inputs.batch_q, h, inputs.start_q)
@@ -139,9 +115,6 @@ def _accumulate_keys(
                 dk = tiles.add_dot_rows(dk, ds, q_rows, m0 + again, tile.M, MODE.BLOCK_M, MODE)
             else:
                 dk = tiles.add_dot(dk, ds, q, MODE)
-            if inputs.grads.sum_q is not None:
-                sum_rows = Rows(inputs.grads.sum_q, inputs.batch_q, h, inputs.start_q)
-                tiles.add_product(sum_rows, m0, tile.M, MASKED, k, ds, MODE)
     return dk, dv
 
 
@@ -195,168 +168,6 @@ def backward_keys(
 
 
 @triton.jit
-def _score_gradient(
-    q, do, q_rows, do_rows, lse2, delta, k, keys, values, n0, tile, head, inverse_keep,
-    MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """dS [BLOCK_M, BLOCK_N] of a tile of rows and keys n0 .. n0 + BLOCK_N, with respect to scale * product."""
-    m = tile.at
-    n = n0 + tl.arange(0, MODE.BLOCK_N)
-    v = tiles.load_pieces(values, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_DV, MODE)
-    again = tl.minimum(n0, 0)
-    if MODE.AGAIN:
-        s = tiles.dot_rows(
-            q_rows, tile.first + again, tile.M, MODE.BLOCK_M, keys, n0, tile.N, MODE.BLOCK_N, MODE.BLOCK_D, MODE
-        )
-    else:
-        s = tiles.dot_pieces(q, k, MODE)
-    inside = (m < tile.M)[:, None] & (n < tile.N)[None, :]
-    s, slope = score_gradient(s, m[:, None], n[None, :], tile.shift, inside, head, STEPS)
-    p = tl.exp2(s * head.scale2 - lse2[:, None])
-    if MODE.AGAIN:
-        dp = tiles.dot_rows(
-            do_rows, tile.first + again, tile.M, MODE.BLOCK_M, values, n0, tile.N, MODE.BLOCK_N, MODE.BLOCK_DV, MODE
-        )
-    else:
-        dp = tiles.dot_pieces(do, v, MODE)
-    if head.dropout is not None:
-        kept = philox.keep_tile(head.dropout, m, n0, MODE.BLOCK_M, MODE.BLOCK_N)
-        dp = tl.where(kept, dp * inverse_keep, 0.0)
-    ds = p * (dp - delta[:, None]) * slope
-    if MASKED:
-        # A masked key or value may be NaN, and 0 * NaN is NaN.
-        ds = tl.where(visible_keys(tile, n, head.dense, MODE.LEFT), ds, 0.0)
-    return ds
-
-
-@triton.jit
-def _accumulate_carefully(
-    grad, q_rows, do_rows, lse2, delta, keys, values, place, tile, span, head, scoring,
-    MODE: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """dQ again where some key is NaN or infinite: keys made finite, and an element NaN only where its row sees one that
-    was not.
-
-    Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
-    """
-    BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
-    do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
-    for column in tl.range(0, grad.x.cols, 16, num_stages=1):
-        acc = tl.zeros([BLOCK_M, 16], tl.float32)
-        taint = tl.zeros([BLOCK_M, 16], tl.float32)
-        for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
-            k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
-            ds = _score_gradient(
-                q,
-                do,
-                q_rows,
-                do_rows,
-                lse2,
-                delta,
-                k,
-                keys,
-                values,
-                n0,
-                tile,
-                head,
-                scoring.inverse_keep,
-                MODE,
-                STEPS,
-                True,
-            )
-            part, bad = tiles.finite(tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
-            acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
-            visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
-            taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
-        acc = tl.where(taint > 0, float("nan"), acc * scoring.scale)
-        tiles.store_columns(grad, place.row, tile.M, column, acc, BLOCK_M, 16)
-
-
-@triton.jit
-def _accumulate_queries(
-    dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, inverse_keep,
-    MODE: tl.constexpr, STEPS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """dQ (before the scale) of a tile of rows, over the key tiles of a span that need a mask (MASKED) or need none."""
-    if MASKED:
-        count = bands.masked_tiles(span, MODE.BLOCK_N)
-    else:
-        count = (span.full_stop - span.full_start) // MODE.BLOCK_N
-    q = tiles.load_pieces(q_rows, tile.first, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_D, MODE)
-    do = tiles.load_pieces(do_rows, tile.first, tile.M, True, MODE.BLOCK_M, MODE.BLOCK_DV, MODE)
-    for i in tl.range(0, count):
-        if MASKED:
-            n0 = bands.masked_tile(span, i, MODE.BLOCK_N)
-        else:
-            n0 = span.full_start + i * MODE.BLOCK_N
-        k = tiles.load_pieces(keys, n0, tile.N, MASKED, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
-        ds = _score_gradient(
-            q, do, q_rows, do_rows, lse2, delta, k, keys, values, n0, tile, head, inverse_keep, MODE, STEPS, MASKED
-        )
-        if MODE.AGAIN:
-            dq = tiles.add_dot_rows(dq, ds, keys, n0 + tl.minimum(n0, 0), tile.N, MODE.BLOCK_N, MODE)
-        else:
-            dq = tiles.add_dot(dq, ds.to(k[0].dtype), k, MODE)
-    return dq
-
-
-@triton.jit
-def query_gradient(
-    pid, q, k, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
-    MODE: tl.constexpr, STEPS: tl.constexpr, CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """dQ of one tile of query rows of one head, CAREFUL: on the path for NaN. Returns whether dQ has a NaN."""
-    BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    BLOCK_D: tl.constexpr = MODE.BLOCK_D
-    sizes = tiles.sizes_of(coded_sizes)
-    h, b, place, tile, span = query_tile(pid, spans, sizes, rules, MODE, STEPS)
-    keys = Rows(k, place.batch_k, h // sizes.group, place.start_k)
-    values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
-    segment = tl.minimum(b, sizes.B - 1)
-    steps = scores.prepare(operands.steps, segment, h, place.start_q, place.start_k, STEPS)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
-    dropout = None
-    if operands.seed is not None:
-        dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
-    dense = None
-    if rules.dense is not None:
-        dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
-    head = Head(scoring.scale, scale2, steps, dropout, dense)
-
-    q_rows = Rows(q, place.batch_q, h, place.start_q)
-    do_rows = Rows(grad_out, place.batch_q, h, place.start_q)
-    grad = Rows(grad_q, place.batch_q, h, place.start_q)
-    lse2, delta = load_stats(stats, place.batch_q * sizes.H + h, place.start_q + tile.at)
-    if CAREFUL:
-        _accumulate_carefully(
-            grad, q_rows, do_rows, lse2, delta, keys, values, place, tile, span, head, scoring, MODE, STEPS
-        )
-        found = False
-    else:
-        if sum_q is None:
-            # The query tile, its output gradient and its row statistics stay; the loops stream keys and values.
-            dq = tiles.zero_pieces(BLOCK_M, BLOCK_D, MODE)
-            dq = _accumulate_queries(
-                dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep,
-                MODE, STEPS, True,
-            )  # fmt: skip
-            if rules.dense is None:
-                dq = _accumulate_queries(
-                    dq, q_rows, do_rows, lse2, delta, keys, values, tile, span, head, scoring.inverse_keep,
-                    MODE, STEPS, False,
-                )  # fmt: skip
-        else:
-            sums = Rows(sum_q, place.batch_q, h, place.start_q)
-            dq = tiles.load_pieces(sums, place.row, tile.M, True, BLOCK_M, BLOCK_D, MODE)
-        used = (tile.at < tile.M)[:, None]
-        dq = tiles.keep_pieces(used, tiles.scale_pieces(dq, scoring.scale))
-        tiles.store_pieces(grad, place.row, place.stored, dq, BLOCK_M)
-        found = tiles.any_nan(dq)
-    return found
-
-
-@triton.jit
 def backward_queries(
     q, k, k_plain, v, grad_out, stats, grad_q, sum_q, spans, coded_sizes, rules, scoring, operands,
     MODE: tl.constexpr, STEPS: tl.constexpr,
@@ -387,7 +198,8 @@ def why_not(problem: Problem) -> Iterator[str]:
 
 def config(problem: Problem) -> BackwardConfig:
     """The measured or nearest configuration."""
-    return tables.backward(problem)
+    found = tables.backward(problem)
+    return found._replace(fused=None) if any(fused.why_not(problem)) else found
 
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
@@ -398,10 +210,13 @@ def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     """Configurations worth measuring: each kernel's, beside the other's default."""
-    default = tables.backward(problem)
+    default = config(problem)
     for candidate in tables.sweep(problem):
         yield default._replace(kv=candidate)
         yield default._replace(q=candidate)
+    if default.fused is not None and not problem.deterministic:
+        for candidate in tables.sweep_fused():
+            yield default._replace(fused=candidate, atomics=True)
 
 
 def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -> Gradients:
@@ -423,13 +238,14 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
         return found
     stats = launch_stats(call, out, lse, grad_out, grad_lse)
     sums = None
-    if config.atomics and found.query is not None and found.key is not None:
-        sums = torch.zeros(call.query.shape, dtype=torch.float32, device=call.query.device)
-    if config.v is not None:
-        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, None, sums))
+    if config.fused is not None and (config.atomics or config.v is not None):
+        sums = fused.zero_sums(problem, call) if config.atomics and found.query is not None else None
+        fused.launch(problem, config.fused, call, grad_out, stats, found.key, found.value, sums)
+    elif config.v is not None:
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, None, None))
         _launch_keys(problem, config.v, call, grad_out, stats, Grads(None, found.value, None))
     else:
-        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, found.value, sums))
+        _launch_keys(problem, config.kv, call, grad_out, stats, Grads(found.key, found.value, None))
     if found.query is not None:
         _launch_queries(problem, config.q, call, grad_out, stats, found.query, sums)
     if wanted[3]:
@@ -438,47 +254,11 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
     return found
 
 
-def sink_gradient(call: Call, lse: torch.Tensor, stats: RowStats, gradient: torch.Tensor | None) -> None:
-    """The gradient of sinks [H] from the rows' statistics; nothing where None is wanted."""
-    if gradient is None:
-        return
-    assert call.sinks is not None
-    B, H, M = lse.shape
-    delta = stats.delta.view(B, H, stats.pitch)[:, :, :M]
-    sink = torch.exp(call.sinks.to(torch.float32)[None, :, None] - lse)
-    gradient.copy_(-torch.where(lse == -torch.inf, 0.0, sink * delta).sum((0, 2)))
-
-
 def record(
     problem: Problem, config: BackwardConfig, call: Call, saved: Saved
 ) -> tuple[Gradients, recording.Recording | None]:
     """Run it, and record it for calls alike."""
     return recording.record(launch, problem, config, call, saved)
-
-
-def launch_stats(
-    call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
-) -> RowStats:
-    """The statistics of all query rows."""
-    B, H, M, Dv = out.shape
-    block_dv = tables.block_dim(Dv)
-    block_m = min(64, 8192 // block_dv)
-    pitch = (triton.cdiv(M, 128) + 1) * 128
-    lse2, delta = lse.new_empty(2, B * H * pitch)
-    stats = RowStats(lse2, delta, pitch)
-    grad_lse = grad_lse.contiguous() if grad_lse is not None else None
-    arguments = (
-        Strided.of(out),
-        Strided.of(grad_out),
-        lse,
-        grad_lse,
-        stats,
-        Sizes.coded(B, H, 1, M, 0),
-        block_m,
-        block_dv,
-    )
-    launching.launch(backward_stats, B * H * pitch // block_m, call.query.device, arguments, num_warps=4)
-    return stats
 
 
 def _launch_keys(

@@ -79,7 +79,7 @@ def bias_gradient(
         if operands.seed is not None:
             dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
         head = Head(
-            scoring.scale, scores.LOG2E, scores.prepare(operands.steps, b, h, start_q, start_k, STEPS), dropout, dense
+            scoring.first, scoring.scale2, scores.prepare(operands.steps, b, h, start_q, start_k, STEPS), dropout, dense
         )
         lse2, delta = load_stats(stats, batch_q * sizes.H + h, start_q + m)
         if tl.max(hi, 0) > n0 and (n0 + BLOCK_N > 0 and first + BLOCK_M > 0):

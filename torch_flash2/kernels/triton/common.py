@@ -22,7 +22,7 @@ def run_steps(s, n, tile, head, STEPS: tl.constexpr):
     if len(STEPS.VALUE) > 0:
         m = tile.at[:, None]
         inside = (m < tile.M) & (n < tile.N)[None, :]
-        s = scores.apply(s * head.scale, head.steps, m, n[None, :], m + tile.shift - n[None, :], inside, STEPS)
+        s = scores.apply(s * head.first, head.steps, m, n[None, :], m + tile.shift - n[None, :], inside, STEPS)
     return s
 
 
@@ -91,11 +91,11 @@ def attend_carefully(
 
 @triton.jit
 def score_gradient(s, m, n, shift, inside, head, STEPS: tl.constexpr):
-    """Scores from raw products, and the derivative of a score with respect to scale * product; m and n broadcast to the
-    tile."""
+    """Scores from raw products, in units of head.scale2, and the derivative of a score in its own units with respect to
+    scale * product; m and n broadcast to the tile."""
     slope = 1.0
     if len(STEPS.VALUE) > 0:
-        s, slope = scores.apply_with_slope(s * head.scale, head.steps, m, n, m + shift - n, inside, STEPS)
+        s, slope = scores.apply_with_slope(s * head.first, head.steps, m, n, m + shift - n, inside, STEPS)
     return s, slope
 
 
@@ -104,6 +104,16 @@ def load_stats(stats, bh, m):
     """lse in log2 units and delta of stored rows m of head and batch entry bh."""
     at = tl.cast(bh, tl.int64) * stats.pitch + m
     return tl.load(stats.lse2 + at), tl.load(stats.delta + at)
+
+
+@triton.jit
+def sums_of(sums, bh, start, b, cu):
+    """Pointer to the sums of dQ of segment b, which starts at row `start`, of head and batch entry bh. Each segment
+    starts at a multiple of 128 rows, so that tiles, which add more rows than the segment has, reach no other's."""
+    at = sums.ptr + tl.cast(bh, tl.int64) * sums.head
+    if cu is not None:
+        at += tl.cast(start // 128 + b, tl.int64) * (128 * sums.row)
+    return at
 
 
 @triton.jit

@@ -138,11 +138,10 @@ def _run(
     # Operands of the scores are those of each row's head.
     h_column = h[:, None]
     steps = scores.prepare(operands.steps, b, h_column, 0, 0, STEPS)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     dense = None
     if rules.dense is not None:
         dense = tiles.dense_at(rules.dense, b, h_column, 0, 0)
-    head = Head(scoring.scale, scale2, steps, None, dense)
+    head = Head(scoring.first, scoring.scale2, steps, None, dense)
     # Pieces, of which there is one.
     q_tile = (_load_queries(q, b, h, m, stored, MODE.BLOCK_D),)
     rest_tile = None

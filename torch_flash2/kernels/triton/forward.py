@@ -77,14 +77,13 @@ def _forward_tile(
         values = Rows(v, place.batch_k, h // sizes.group, place.start_k)
     segment = tl.minimum(b, sizes.B - 1)
     steps = scores.prepare(operands.steps, segment, h, place.start_q, place.start_k, STEPS)
-    scale2 = scores.LOG2E if len(STEPS.VALUE) > 0 else scoring.scale * scores.LOG2E
     dropout = None
     if operands.seed is not None:
         dropout = Dropout(philox.load_key(operands.seed), b, h, philox.threshold_of(scoring))
     dense = None
     if rules.dense is not None:
         dense = tiles.dense_at(rules.dense, segment, h, place.start_q, place.start_k)
-    head = Head(scoring.scale, scale2, steps, dropout, dense)
+    head = Head(scoring.first, scoring.scale2, steps, dropout, dense)
 
     # The query tile stays; the loops stream keys and values.
     BLOCK_M: tl.constexpr = MODE.BLOCK_M

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -224,10 +225,12 @@ def steps(problem: Problem) -> Steps:
     """The compile-time functions of a launch."""
     names = [band.name for band in problem.mask.bands]
     run = _run_steps(problem)
+    forms = ["softcap_only" if run == ("softcap",) else name for name in run]
     approximate = problem.dtype != torch.float32 and not INTERPRETED
-    values = [f"{name}_approx_value" if approximate and name == "softcap" else f"{name}_value" for name in run]
+    values = [f"{form}_approx_value" if approximate and "softcap" in form else f"{form}_value" for form in forms]
     slopes = [
-        f"{name}_slope" if name in score_steps.STEPS and score_steps.STEPS[name].slope else "unit_slope" for name in run
+        f"{form}_slope" if name in score_steps.STEPS and score_steps.STEPS[name].slope else "unit_slope"
+        for name, form in zip(run, forms, strict=True)
     ]
     return Steps(
         tuple(getattr(device_bands, f"{name}_keys") for name in names),
@@ -242,6 +245,16 @@ def _run_steps(problem: Problem) -> tuple[str, ...]:
     """The score steps to run. A scale that is not positive cannot be moved behind the maximum: an empty step applies it
     first."""
     return problem.steps if problem.positive_scale or problem.steps else ("scale",)
+
+
+def _scoring(problem: Problem, call: Call) -> Scoring:
+    threshold = score_steps.keep_threshold(call.dropout_p)
+    run, cap = _run_steps(problem), call.softcap or 1.0
+    first, last = (call.scale / cap, cap if run == ("softcap",) else 1.0) if run else (1.0, call.scale)
+    inverse_keep = 1.0 / (1.0 - call.dropout_p)
+    return Scoring(
+        call.scale, first, last * math.log2(math.e), coded(threshold >> 16), coded(threshold & 0xFFFF), inverse_keep
+    )
 
 
 def programs(cu: torch.Tensor | None, batch: int, heads: int, length: int, block: int) -> int:
@@ -262,7 +275,6 @@ def bundle(problem: Problem, call: Call) -> tuple[Spans, Sizes, Rules, Scoring, 
     paging = None
     if call.block_table is not None:
         paging = Paging(call.block_table, coded(call.block_table.stride(0)), coded(call.key.shape[0]))
-    threshold = score_steps.keep_threshold(call.dropout_p)
     return (
         Spans(call.cu_q, call.cu_k, call.used_q, call.used_k, paging),
         Sizes.coded(problem.batch, problem.heads, problem.group, call.query.shape[2], problem_module.stored_keys(call)),
@@ -270,7 +282,7 @@ def bundle(problem: Problem, call: Call) -> tuple[Spans, Sizes, Rules, Scoring, 
             tuple(tuple(map(coded, band.numbers)) for band in problem.mask.bands),
             None if call.dense is None else Strided.of(call.dense),
         ),
-        Scoring(call.scale, coded(threshold >> 16), coded(threshold & 0xFFFF), 1.0 / (1.0 - call.dropout_p)),
+        _scoring(problem, call),
         Operands(
             tuple(operands[name] for name in _run_steps(problem)), call.sinks, call.seed if call.dropout_p > 0 else None
         ),

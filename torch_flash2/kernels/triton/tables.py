@@ -36,16 +36,31 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+class Fused(NamedTuple):
+    """One way to run fused.py's kernel: see fused.Shape."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    STAGES: int
+    WARPS_S: int
+    WARPS_K: int
+    WARPS_Q: int
+
+
 class BackwardConfig(NamedTuple):
     """One way to run the backward: the kernels of dK and dV, of dQ, and of the bias's gradient.
 
-    Where `v` is given, dK and dV are two launches, of kv and of v: one product more, and half the accumulators.
+    Where `v` is given, dK and dV are two launches, of kv and of v: one product more, and half the accumulators. Where
+    the table has `fused`, it computes both instead of two launches; and dQ too where `atomics` are allowed, since it is
+    the fastest then.
     """
 
     kv: Config
     q: Config
     bias: Config
     v: Config | None = None
+    fused: Fused | None = None
     atomics: bool = False
 
 
@@ -70,18 +85,17 @@ def _rows() -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _row(kernel: str, gpu: str, bits: int, bucket: int) -> Config | None:
+def _row(kernel: str, gpu: str, bits: int, bucket: int) -> dict[str, Any] | None:
     wanted = (kernel, gpu, bits, bucket)
     matches = [row for row in _rows() if (row["kernel"], row["gpu"], row["bits"], row["bucket"]) == wanted]
-    if not matches and kernel == "backward_v":
+    if not matches and kernel in ("backward_v", "backward_fused"):
         return None
     assert len(matches) == 1, f"configs.json needs one row for {wanted}, has {len(matches)}"
-    return Config(**matches[0]["config"])
+    config: dict[str, Any] = matches[0]["config"]
+    return config
 
 
-def lookup(kernel: str, problem: Problem) -> Config | None:
-    """The row for a kernel: "forward", "backward_kv", "backward_v", "backward_q" or "backward_bias". Only backward_v
-    may have none: then dK and dV are one launch."""
+def _find(kernel: str, problem: Problem) -> dict[str, Any] | None:
     bits = problem.dtype.itemsize * 8
     width = max(block_dim(problem.head_dim), block_dim(problem.head_dim_v))
     bucket = next(size for size in BUCKETS if width <= size)
@@ -90,9 +104,17 @@ def lookup(kernel: str, problem: Problem) -> Config | None:
     # So do dense masks beside wide heads, whose own tiles are loaded ahead too.
     wide_dense = problem.dense and width > 128
     small = problem.hardware.type != "cuda" or problem.layout == "strided" or wide_dense
-    gpu = "small" if small else gpu_class(problem.hardware)
-    config = _row(kernel, gpu, bits, bucket)
-    if config is not None and problem.hardware.type == "cpu":
+    return _row(kernel, "small" if small else gpu_class(problem.hardware), bits, bucket)
+
+
+def lookup(kernel: str, problem: Problem) -> Config | None:
+    """The row for a kernel: "forward", "backward_kv", "backward_v", "backward_q" or "backward_bias". Only backward_v
+    may have none: then dK and dV are one launch."""
+    found = _find(kernel, problem)
+    if found is None:
+        return None
+    config = Config(**found)
+    if problem.hardware.type == "cpu":
         # Triton's interpreter: small tiles and pieces find more edges, and the cost is per tile.
         config = config._replace(BLOCK_M=min(config.BLOCK_M, 32), BLOCK_N=min(config.BLOCK_N, 32), piece=32)
     return config
@@ -106,7 +128,8 @@ def forward(problem: Problem) -> Config:
 def backward(problem: Problem) -> BackwardConfig:
     """The configurations of the backward."""
     kv, q, bias = (_known(f"backward_{part}", problem) for part in ("kv", "q", "bias"))
-    return BackwardConfig(kv, q, bias, lookup("backward_v", problem))
+    fused = _find("backward_fused", problem)
+    return BackwardConfig(kv, q, bias, lookup("backward_v", problem), Fused(**fused) if fused else None)
 
 
 def _known(kernel: str, problem: Problem) -> Config:
@@ -121,3 +144,10 @@ def sweep(problem: Problem) -> Iterator[Config]:
     for block_m, block_n, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
         if block_m >= block_n // 2:
             yield from (Config(block_m, block_n, warps, stages, tma) for tma in ((False, True) if hopper else (False,)))
+
+
+def sweep_fused() -> Iterator[Fused]:
+    """Configurations of fused.py's kernel worth measuring."""
+    for block_m, block_n, warps, stages in itertools.product((32, 64), (64, 128), (4, 8), (1, 2)):
+        for warps_s, warps_k in itertools.product((2, 4), (2, 4)):
+            yield Fused(block_m, block_n, warps, stages, warps_s, warps_k, 2)
