@@ -35,7 +35,7 @@ REPAIRERS = 4
 class Config(NamedTuple):
     """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
-    keys."""
+    keys, and whether S of the next tile is issued before dS of this one."""
 
     GROUPS: int
     BLOCK: int
@@ -44,6 +44,7 @@ class Config(NamedTuple):
     WIDTH_D: int
     WIDTH_V: int
     SHARED: bool = False
+    AHEAD: bool = False
 
 
 class BackwardConfig(NamedTuple):
@@ -114,6 +115,7 @@ def _shape(problem: Problem, config: Config) -> BackwardShape:
         problem.mask.align == "bottom-right",
         problem.group > 1,
         config.SHARED,
+        config.AHEAD,
     )
 
 
@@ -179,7 +181,7 @@ def _launch_keys(
         TensorDescriptor(stats.lse2, [2 * stats.lse2.numel()], [1], [config.BLOCK], vector),
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
-        KeyOutputs(Strided.of(key), Strided.of(value), stats.pitch, sums),
+        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums),
         coded(_swizzle(problem, call)),
         *launching.bundle(problem, call),
         _shape(problem, config),

@@ -27,6 +27,7 @@ from .backward_pipeline import (
     accumulate,
     add_tile,
     clean,
+    copy_vector,
     filled,
     freed,
     key_task,
@@ -34,7 +35,6 @@ from .backward_pipeline import (
     load_tiles,
     operand,
     outer,
-    scale2_of,
     scored,
     seen_by_keys,
     store_gradient,
@@ -59,13 +59,15 @@ def _sync_asm(threads):
 
 
 @gluon.jit
-def _produce(inputs, streams, fixed, task, rule, KEYS: gl.constexpr, SHAPE: gl.constexpr):
+def _produce(inputs, stats, streams, fixed, task, rule, KEYS: gl.constexpr, SHAPE: gl.constexpr):
     """The producer warp: the keys' tiles once, then queries and output gradients of every head of the group."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    # Bytes of each of lse2 and delta that come by TMA.
+    VECTOR: gl.constexpr = 4 if rule.spans.cu_q is None else 0
     q, do, lse2, delta, _ = streams
     k, v, _ = fixed
     mbarrier.expect(k.filled.index(0), 64 * KEYS * WIDTH_D * CHUNKS_D * 2)
@@ -79,10 +81,13 @@ def _produce(inputs, streams, fixed, task, rule, KEYS: gl.constexpr, SHAPE: gl.c
         at = (task.batch_q * rule.sizes.H + h) * rule.pitch + task.start_q + row
         freed(q, j, SHAPE.STAGES)
         slot = j % SHAPE.STAGES
-        mbarrier.expect(q.filled.index(slot), BLOCK_M * (WIDTH_D * CHUNKS_D * 2 + 4))
+        mbarrier.expect(q.filled.index(slot), BLOCK_M * (WIDTH_D * CHUNKS_D * 2 + VECTOR))
         load_tiles(inputs.q, task.start_q, task.batch_q, h, row, q.filled.index(slot), q.data, slot * CHUNKS_D,
                    WIDTH_D, CHUNKS_D)  # fmt: skip
-        compat.load(inputs.stats, [at], q.filled.index(slot), lse2.index(slot))
+        if VECTOR > 0:
+            compat.load(inputs.stats, [at], q.filled.index(slot), lse2.data.index(slot))
+        else:
+            copy_vector(lse2, slot, stats.lse2 + at, BLOCK_M)
         if j == 0:
             mbarrier.expect(v.filled.index(0), 64 * KEYS * WIDTH_V * CHUNKS_V * 2)
             for w in gl.static_range(KEYS):
@@ -90,13 +95,24 @@ def _produce(inputs, streams, fixed, task, rule, KEYS: gl.constexpr, SHAPE: gl.c
                            w * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
         freed(do, j, SHAPE.STAGES_V)
         slot_v = j % SHAPE.STAGES_V
-        mbarrier.expect(do.filled.index(slot_v), BLOCK_M * (WIDTH_V * CHUNKS_V * 2 + 4))
+        mbarrier.expect(do.filled.index(slot_v), BLOCK_M * (WIDTH_V * CHUNKS_V * 2 + VECTOR))
         load_tiles(inputs.do, task.start_q, task.batch_q, h, row, do.filled.index(slot_v), do.data,
                    slot_v * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
-        # delta lies behind lse2.
-        at += rule.sizes.B * rule.sizes.H * rule.pitch
-        compat.load(inputs.stats, [at], do.filled.index(slot_v), delta.index(slot_v))
+        if VECTOR > 0:
+            # delta lies behind lse2.
+            at += rule.sizes.B * rule.sizes.H * rule.pitch
+            compat.load(inputs.stats, [at], do.filled.index(slot_v), delta.data.index(slot_v))
+        else:
+            copy_vector(delta, slot_v, stats.delta + at, BLOCK_M)
         h, i = _advance(h, i, task, SHAPE)
+
+
+@gluon.jit
+def _vector(ring, index, rule, COUNT: gl.constexpr, L: gl.constexpr):
+    """The index-th lse2 or delta, once the tile beside it is there."""
+    if rule.spans.cu_q is not None:
+        filled(ring, index, COUNT)
+    return ring.data.index(index % COUNT).load(L)
 
 
 @gluon.jit
@@ -177,7 +193,6 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
     k, v, bounds = fixed
     DTYPE: gl.constexpr = q.data.dtype
     n = task.n0 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    scale2 = scale2_of(rule, STEPS)
     dk = zeros(WIDTH_D, CHUNKS_D)
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
@@ -186,7 +201,15 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
     some = task.count > 0
     mbarrier.wait(k.filled.index(0), 0)
     mbarrier.wait(v.filled.index(0), 0, pred=some)
-    for j in range(task.count * rule.sizes.group):
+    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
+    total = task.count * rule.sizes.group
+    if SHAPE.AHEAD:
+        mbarrier.wait(q.filled.index(0), 0, pred=some)
+        if LENGTHS:
+            if some:
+                _clean_rows(0, task.start, streams, task, rule, WG, SHAPE)
+        following = warpgroup_mma_wait(0, (outer(k.data, WG * CHUNKS_D, q.data, 0, BLOCK_M, WIDTH_D, CHUNKS_D),))
+    for j in range(total):
         slot = j % SHAPE.STAGES
         slot_v = j % SHAPE.STAGES_V
         m0 = task.start + i * BLOCK_M
@@ -198,32 +221,47 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
         if rule.aside is not None:
             # dQ sums over keys: those past the end must not count.
             partial = partial | (task.n0 + 64 * SHAPE.GROUPS > task.used_k)
-        filled(q, j, SHAPE.STAGES)
-        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
-            _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
         # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
         again = gl.minimum(m0, 0)
-        s = outer(k.data, WG * CHUNKS_D + again, q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
-        lse2 = lse2s.index(slot).load(ROWS)
+        if SHAPE.AHEAD:
+            s = following
+        else:
+            filled(q, j, SHAPE.STAGES)
+            if LENGTHS:
+                _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
+            s = outer(k.data, WG * CHUNKS_D + again, q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
+        lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
         filled(do, j, SHAPE.STAGES_V)
         dp = outer(v.data, WG * CHUNKS_V + again, do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
-        s = warpgroup_mma_wait(CHUNKS_V, (s,))
-        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring.scale, STEPS)
-        p = gl.exp2(s * scale2 - lse2[None, :])
+        if not SHAPE.AHEAD:
+            s = warpgroup_mma_wait(CHUNKS_V, (s,))
+        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
+        p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
         if partial:
             p = gl.where(seen_by_keys(bounds, m, WG * 64, S), p, 0.0)
         dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
         # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
         filled(do, j, SHAPE.STAGES_V)
         dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
-        ds = p * slope * (dp - deltas.index(slot_v).load(ROWS)[None, :])
+        if SHAPE.AHEAD:
+            # S of the next tile, beside dV and the arithmetic of dS.
+            next_h, next_i = _advance(h, i, task, SHAPE)
+            more = j + 1 < total
+            ahead = (j + 1) % SHAPE.STAGES
+            mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=more)
+            if LENGTHS:
+                if more:
+                    _clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
+            following = outer(k.data, WG * CHUNKS_D + again, q.data, ahead * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
+        ds = p * slope * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
         if partial:
             # A masked value may be NaN, and 0 * NaN is NaN.
             ds = gl.where(seen_by_keys(bounds, m, WG * 64, S), ds, 0.0)
         ds = ds.to(DTYPE)
         if rule.aside is None:
             dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
-            dv = landed(dv, CHUNKS_D)
+            dv = landed(dv, 2 * CHUNKS_D if SHAPE.AHEAD else CHUNKS_D)
+            mbarrier.arrive(do.free.index(slot_v))
         else:
             dq = _query_gradient(ds, j, k, again, exchange, WG, SHAPE)
             dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
@@ -231,11 +269,18 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
             dv = ()
             for c in gl.static_range(CHUNKS_V):
                 dv = dv + (done[c + 1],)
+            mbarrier.arrive(do.free.index(slot_v))
             part = _sums_tile(h, m0 // BLOCK_M, task, rule, BLOCK_M) * CHUNKS_D + WG
             add_tile(rule.aside + part * (BLOCK_M * WIDTH_D), done[0], BLOCK_M, WIDTH_D)
-        mbarrier.arrive(do.free.index(slot_v))
         filled(q, j, SHAPE.STAGES)
-        dk = landed(dk, 0)
+        if SHAPE.AHEAD:
+            done_last = landed((following,) + dk, 0)
+            following = done_last[0]
+            dk = ()
+            for c in gl.static_range(CHUNKS_D):
+                dk = dk + (done_last[c + 1],)
+        else:
+            dk = landed(dk, 0)
         mbarrier.arrive(q.free.index(slot))
         h, i = _advance(h, i, task, SHAPE)
     row = task.n0 + WG * 64
@@ -260,7 +305,6 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
     k, v, bounds = fixed
     DTYPE: gl.constexpr = q.data.dtype
     n = task.n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    scale2 = scale2_of(rule, STEPS)
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = _steps_of(h, task, rule, STEPS)
@@ -278,13 +322,13 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
         if rule.spans.cu_q is not None or rule.spans.used_q is not None:
             _clean_rows(j, m0, streams, task, rule, 0, SHAPE)
         s = outer(k.data, gl.minimum(m0, 0), q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
-        lse2 = lse2s.index(slot).load(ROWS)
+        lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
         freed(handed, j, 2)
         # dV of the tile before is still in flight beside these products.
         s = warpgroup_mma_wait(0, (s,))
         mbarrier.arrive(q.free.index(slot))
-        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring.scale, STEPS)
-        p = gl.exp2(s * scale2 - lse2[None, :])
+        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
+        p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             p = gl.where(seen_by_keys(bounds, m, 0, S), p, 0.0)
         handed.data.index(j % 2).store((p * slope).to(DTYPE))
@@ -327,7 +371,7 @@ def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
             filled(q, j, SHAPE.STAGES)
             _clean_rows(j, m0, streams, task, rule, 1, SHAPE)
         dp = outer(v.data, gl.minimum(m0, 0), do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
-        delta = deltas.index(slot_v).load(ROWS)
+        delta = _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)
         filled(handed, j, 2)
         dp = warpgroup_mma_wait(0, (dp,))
         mbarrier.arrive(do.free.index(slot_v))
@@ -374,7 +418,7 @@ def backward_keys(
     lse2s = vector_ring(SHAPE.STAGES, BLOCK_M)
     deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M)
     streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
-    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.pitch, outputs.sums)
+    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums)
     task, bounds = key_task(
         gl.program_id(0), tiles.decoded(swizzle), spans, rule.sizes, rules, BLOCK_N, BLOCK_M, SHAPE.BOTTOM_RIGHT,
         STEPS, 4,
@@ -389,7 +433,7 @@ def backward_keys(
             [
                 (_consume_values, (dv_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
                 (_consume_scores, (dk_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
             ],
             [4, 1],
             [240, 24],
@@ -400,7 +444,7 @@ def backward_keys(
             [
                 (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
             ],
             [4, 1],
             [240, 24],
@@ -412,7 +456,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_consume, (2, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
             ],
             [4, 4, 1],
             [160, 160, 24],

@@ -26,7 +26,7 @@ class BackwardShape(NamedTuple):
     """Compile-time numbers: consumer warpgroups, positions of a streamed tile, buffers of what streams (`STAGES` of
     queries or keys, `STAGES_V` of output gradients or values); the columns of a tile and how many tiles side by side
     make D and Dv; whether bands bound keys on the left, alignment; whether query heads share a key head; whether two
-    warpgroups share 64 keys."""
+    warpgroups share 64 keys; whether S of the next tile is issued before dS of this one."""
 
     GROUPS: int
     BLOCK: int
@@ -40,6 +40,7 @@ class BackwardShape(NamedTuple):
     BOTTOM_RIGHT: bool
     GROUPED: bool
     SHARED: bool
+    AHEAD: bool
 
 
 class BackwardInputs(NamedTuple):
@@ -53,12 +54,12 @@ class BackwardInputs(NamedTuple):
 
 
 class KeyOutputs(NamedTuple):
-    """dK and dV as Strided, RowStats' pitch, and where dQ is summed, or None: fp32 tiles of 64 rows of each head, as
+    """dK and dV as Strided, RowStats, and where dQ is summed, or None: fp32 tiles of 64 rows of each head, as
     `add_tile` lays them out."""
 
     k: Any
     v: Any
-    pitch: Any
+    stats: Any
     sums: Any
 
 
@@ -79,9 +80,21 @@ class Fixed(NamedTuple):
     bounds: Any
 
 
+class Vectors(NamedTuple):
+    """Buffers of vectors, which are freed with the tiles of another ring, with a barrier for "filled" each."""
+
+    data: Any
+    filled: Any
+
+
 class Streams(NamedTuple):
-    """What passes a tile of keys: rings of queries and output gradients, lse2 and delta beside them; where warpgroups
-    exchange dS^T, or None."""
+    """What passes a tile of keys: rings of queries and output gradients, and of lse2 and delta beside them; where
+    warpgroups exchange dS^T, or None.
+
+    lse2 and delta come by TMA with the tiles. Of packed rows they do not: a vector starts anywhere there, and TMA wants
+    its start at 16 bytes (an illegal instruction otherwise, H200, 2026-11-21). Then the producer copies them, and they
+    have barriers of their own.
+    """
 
     q: Any
     do: Any
@@ -200,8 +213,20 @@ def tile_ring(COUNT: gl.constexpr, READERS: gl.constexpr, ROWS: gl.constexpr, WI
 
 @gluon.jit
 def vector_ring(COUNT: gl.constexpr, LENGTH: gl.constexpr):
-    """COUNT buffers of LENGTH fp32 numbers, filled and freed with the tiles of another ring."""
-    return gl.allocate_shared_memory(gl.float32, [COUNT, LENGTH], gl.NVMMASharedLayout(0, 32, 1))
+    """COUNT buffers of LENGTH fp32 numbers."""
+    data = gl.allocate_shared_memory(gl.float32, [COUNT, LENGTH], gl.NVMMASharedLayout(0, 32, 1))
+    ready = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(ready.index(i), 1)
+    return Vectors(data, ready)
+
+
+@gluon.jit
+def copy_vector(ring, slot, source, LENGTH: gl.constexpr):
+    """Copy LENGTH numbers from a pointer into a buffer (one warp), and say that they are there."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ring.data.index(slot).store(gl.load(source + gl.arange(0, LENGTH, layout=L)))
+    mbarrier.arrive(ring.filled.index(slot))
 
 
 @gluon.jit
@@ -265,19 +290,13 @@ def zeros(WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
 
 
 @gluon.jit
-def scored(s, m, n, shift, steps, scale, STEPS: gl.constexpr):
-    """Scores from raw products, and their derivative with respect to scale * product; m and n broadcast to the
-    tile."""
+def scored(s, m, n, shift, steps, scoring, STEPS: gl.constexpr):
+    """Scores from raw products, in units of scoring.scale2, and the derivative of a score in its own units with respect
+    to scale * product; m and n broadcast to the tile."""
     slope = 1.0
     if len(STEPS.VALUE) > 0:
-        s, slope = scores.apply_with_slope(s * scale, steps, m, n, m + shift - n, m == m, STEPS)
+        s, slope = scores.apply_with_slope(s * scoring.first, steps, m, n, m + shift - n, m == m, STEPS)
     return s, slope
-
-
-@gluon.jit
-def scale2_of(rule, STEPS: gl.constexpr):
-    """The factor from scores to log2 units."""
-    return scores.LOG2E if len(STEPS.VALUE) > 0 else rule.scoring.scale * scores.LOG2E
 
 
 @gluon.jit

@@ -28,7 +28,6 @@ from .backward_pipeline import (
     load_tiles,
     operand,
     outer,
-    scale2_of,
     scored,
     store_gradient,
     tile_ring,
@@ -126,7 +125,6 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
     delta = gl.load(stats.delta + at + m, mask=inside, other=0.0)
     segment = gl.minimum(task.b, rule.sizes.B - 1)
     steps = scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
-    scale2 = scale2_of(rule, STEPS)
     dq = zeros(WIDTH_D, CHUNKS_D)
     some = task.count > 0
     mbarrier.wait(q.filled.index(0), 0)
@@ -144,8 +142,8 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
         s = warpgroup_mma_wait(CHUNKS_V, (s,))
         n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
         shift = task.used_k - task.used_q if SHAPE.BOTTOM_RIGHT else task.used_k * 0
-        s, slope = scored(s, m[:, None], n[None, :], shift, steps, rule.scoring.scale, STEPS)
-        p = gl.exp2(s * scale2 - lse2[:, None]) * slope
+        s, slope = scored(s, m[:, None], n[None, :], shift, steps, rule.scoring, STEPS)
+        p = gl.exp2(s * rule.scoring.scale2 - lse2[:, None]) * slope
         # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
         filled(v, j, SHAPE.STAGES_V)
         dp = warpgroup_mma_wait(0, (dp,))

@@ -60,8 +60,10 @@ def _accumulate_carefully(
     q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
     do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
-        acc = tl.zeros([BLOCK_M, 16], tl.float32)
-        taint = tl.zeros([BLOCK_M, 16], tl.float32)
+        # Transposed: of products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200,
+        # 2026-11-21).
+        acc = tl.zeros([16, BLOCK_M], tl.float32)
+        taint = tl.zeros([16, BLOCK_M], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
             k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
             ds = _score_gradient(
@@ -83,11 +85,11 @@ def _accumulate_carefully(
                 True,
             )
             part, bad = tiles.finite(tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
-            acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
+            acc = tl.dot(part.T, ds.to(part.dtype).T, acc, input_precision=MODE.PRECISION)
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
-            taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
+            taint = tl.dot(bad.to(part.dtype).T, visible.to(part.dtype).T, taint)
         acc = tl.where(taint > 0, float("nan"), acc * scoring.scale)
-        tiles.store_columns(grad, place.row, tile.M, column, acc, BLOCK_M, 16)
+        tiles.store_columns(grad, place.row, tile.M, column, acc.T, BLOCK_M, 16)
 
 
 @triton.jit
