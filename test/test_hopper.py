@@ -57,16 +57,21 @@ def instructions(kernel: Any) -> tuple[list[str], dict[str, int]]:
 
 
 def main_loops(kernel: Any, products: int, exponentials: int) -> list[list[str]]:
-    """The loops around one Q K^T, one softmax and one P V: one for each warpgroup."""
+    """The innermost loops with so many tensor core instructions and exponentials: one for each warpgroup."""
     found, labels = instructions(kernel)
-    loops = []
+    spans = []
     for end, instruction in enumerate(found):
         branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
         if branch and labels.get(branch[1], end + 1) <= end:
             loop = found[labels[branch[1]] : end + 1]
-            once = count(loop, "HGMMA") == products and count(loop, "MUFU.EX2") == exponentials
-            loops += [loop] if once else []
-    return loops
+            if count(loop, "HGMMA") == products and count(loop, "MUFU.EX2") == exponentials:
+                spans.append((labels[branch[1]], end))
+    # Waits that must be repeated branch back from the end of the program, over loops that are not theirs.
+    innermost: list[tuple[int, int]] = []
+    for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
+        if all(end < s or e < start for s, e in innermost):
+            innermost.append((start, end))
+    return [found[start : end + 1] for start, end in innermost]
 
 
 def count(loop: list[str], name: str) -> int:

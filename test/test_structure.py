@@ -36,7 +36,14 @@ LAYERS = (
     ("dispatch", "flops", "checks"),
     ("kernels",),
     # What launches of Triton and of Gluon kernels share.
-    ("kernels.triton.launching", "kernels.triton.recording", "kernels.triton.tables"),
+    (
+        "kernels.triton.launching",
+        "kernels.triton.recording",
+        "kernels.triton.tables",
+        "kernels.triton.common",
+        "kernels.triton.statistics",
+        "kernels.triton.query_gradient",
+    ),  # fmt: skip
     ("kernels.device",),
     ("kernels.bundles",),
     ("problem",),

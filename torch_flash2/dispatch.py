@@ -34,7 +34,7 @@ from .problem import Problem
 # In order of preference; a kernel is a name and, per direction that it has, a module.
 KERNELS: dict[str, dict[str, str]] = {
     "decode": {"forward": "kernels.triton.decode"},
-    "hopper": {"forward": "kernels.hopper.forward"},
+    "hopper": {"forward": "kernels.hopper.forward", "backward": "kernels.hopper.backward"},
     "triton": {"forward": "kernels.triton.forward", "backward": "kernels.triton.backward"},
     "cpu": {"forward": "kernels.cpu", "backward": "kernels.cpu"},
     "reference": {"forward": "kernels.reference", "backward": "kernels.reference"},

@@ -1,0 +1,213 @@
+"""The Hopper backward: what ptxas made of it, with no GPU here, and its results on one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import compile_all
+import pytest
+import torch
+from test_hopper import FEW, count, hopper, main_loops
+
+import torch_flash2
+from torch_flash2 import dispatch, testing
+from torch_flash2.testing import Case
+
+pytest.importorskip("triton")
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": dict(mask="causal"),
+    "window": dict(mask="window(1000, 10) @ bottom-right", sinks=True),
+    "scores": dict(mask="causal", softcap=30.0, alibi=1),
+    "packed": dict(mask="causal @ bottom-right", lengths="packed_used", documents=(1.0, 0.5), layout="bshd"),
+}
+WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
+
+
+def compiled(width: tuple[int, int], feature: str, deterministic: bool) -> tuple[Any, dict[str, Any]]:
+    """The configuration and the Gluon kernels, by name, of a backward."""
+    from torch_flash2.kernels.triton import offline
+
+    changes = dict(FEATURES[feature])
+    segments = len(changes.get("documents", (1,)))
+    case = Case("x", segments, 4, 2, 4096, 4096, *width, "bf16", **changes)
+    posed, call = compile_all.posed(case, "backward", "sm90")
+    plan = dispatch.select(dataclasses.replace(posed, deterministic=deterministic), "hopper")
+    kernels = offline.compile_call(plan.module, plan.problem, plan.config, call)
+    for kernel in kernels:
+        assert posed.hardware.shared_memory >= kernel.metadata.shared
+    return plan.config, {kernel.metadata.name: kernel for kernel in kernels}
+
+
+def steps(head_dim: int, width: int) -> int:
+    """Depth of a product over a head dim in steps of 16, as many as its tiles' columns make."""
+    return -(-head_dim // width) * width // 16
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("width", "feature", "deterministic"),
+    [
+        *((width, "causal", True) for width in WIDTHS),
+        ((64, 64), "causal", False),
+        ((128, 128), "full", False),
+        ((128, 128), "window", True),
+        ((64, 64), "scores", True),
+        ((128, 128), "packed", True),
+    ],
+)  # fmt: skip
+def test_main_loops(width: tuple[int, int], feature: str, deterministic: bool) -> None:
+    config, kernels = compiled(width, feature, deterministic)
+    if config.fused is None:
+        chosen = config.queries
+        # S and dP over the head dims, dQ over the keys for each tile of columns.
+        products = steps(width[0], chosen.WIDTH_D) + steps(width[1], chosen.WIDTH_V)
+        products += -(-width[0] // chosen.WIDTH_D) * chosen.BLOCK // 16
+        loops = main_loops(kernels["backward_queries"], products, chosen.BLOCK // 2)
+        assert len(loops) == chosen.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"
+        _few_spills(loops)
+    chosen = config.fused or config.keys
+    rows = chosen.BLOCK // 16
+    of_values = steps(width[0], chosen.WIDTH_D) + -(-width[1] // chosen.WIDTH_V) * rows
+    of_scores = steps(width[1], chosen.WIDTH_V) + -(-width[0] // chosen.WIDTH_D) * rows
+    kernel = kernels["backward_keys"]
+    if chosen.SHARED:
+        _few_spills(found := main_loops(kernel, of_values, chosen.BLOCK // 2))
+        assert len(found) == 1
+        _few_spills(found := main_loops(kernel, of_scores, 0))
+        assert len(found) == 1
+    else:
+        # dQ's columns of a warpgroup over the keys of all.
+        sums = chosen.GROUPS * 64 // 16 if config.fused is not None else 0
+        loops = main_loops(kernel, of_values + of_scores + sums, chosen.BLOCK // 2)
+        assert len(loops) == chosen.GROUPS
+        _few_spills(loops)
+
+
+def _few_spills(loops: list[list[str]]) -> None:
+    for loop in loops:
+        assert count(loop, "STL") <= FEW and count(loop, "LDL") <= FEW, "registers spill in the main loop"
+
+
+@pytest.mark.compile
+def test_numbers_compile_nothing_anew() -> None:
+    """Lengths, batch, heads, the size of groups, the window: none decides what is compiled."""
+    found = set()
+    for B, H, G, M, N, left in ((1, 4, 2, 256, 1000, 16), (2, 6, 2, 255, 513, 1), (3, 8, 1, 65, 600, 0)):
+        case = Case("x", B, H, G, M, N, 64, 64, "fp16", f"window({left}, 0)")
+        _, kernels = compile_all.compile_case(case, "backward", "sm90", "hopper")
+        found.add(tuple(kernel.hash for kernel in kernels))
+    assert len(found) == 1
+
+
+def test_deterministic_algorithms_forbid_atomic_sums() -> None:
+    case = Case("x", 1, 2, 2, 256, 256, 128, 128, "bf16")
+    posed, _ = compile_all.posed(case, "backward", "sm90")
+    assert dispatch.select(posed, "hopper").config.fused is not None
+    strict = dataclasses.replace(posed, deterministic=True)
+    assert dispatch.select(strict, "hopper").config.fused is None
+    fused = dispatch.select(posed, "hopper").config.fused._asdict()
+    module = dispatch.kernel("hopper", "backward")
+    forced = dispatch.select(strict, "hopper").config._replace(fused=module.Config(**fused))
+    assert list(module.forbids(strict, forced)) == [
+        "atomic additions come in an order that varies, and PyTorch's deterministic algorithms are on"
+    ]
+
+
+@pytest.fixture(params=[True, False], ids=["deterministic", "fastest"])
+def deterministic(request: pytest.FixtureRequest) -> Any:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("d64", 4, 8, 4, 300, 333, 64, 64, "bf16", "causal"),
+        Case("d64-long", 2, 8, 8, 1000, 2500, 64, 64, "fp16"),
+        Case("d128", 2, 8, 2, 1024, 1024, 128, 128, "bf16", "causal"),
+        Case("d128-unequal", 2, 6, 6, 1000, 777, 128, 128, "fp16"),
+        Case("d96", 2, 4, 4, 500, 500, 96, 96, "bf16", "causal"),
+        Case("d256", 4, 8, 8, 300, 333, 256, 256, "bf16", "causal"),
+        Case("deepseek", 4, 8, 8, 300, 500, 192, 128, "bf16", "causal @ bottom-right"),
+        Case("odd-dims", 4, 8, 4, 500, 300, 72, 40, "fp16", "window(100, 20) @ bottom-right"),
+        Case("one-group", 2, 8, 1, 70, 2000, 128, 128, "bf16"),
+        Case("prefix", 1, 4, 2, 700, 700, 64, 64, "bf16", "prefix(130)"),
+        Case("scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2),
+        Case("used", 3, 8, 2, 300, 400, 128, 128, "bf16", "causal @ bottom-right", lengths="padded",
+             documents=(1.0, 0.0, 0.1)),
+        Case("packed", 5, 4, 2, 600, 600, 128, 128, "bf16", "causal", lengths="packed",
+             documents=(0.2, 0.0, 0.5, 0.05, 1.0), tail=40),
+        Case("packed-window", 4, 4, 2, 500, 500, 256, 256, "fp16", "window(50, 0)", lengths="packed", softcap=30.0,
+             documents=(1.0, 0.4, 0.0, 0.6)),
+        Case("packed-used", 3, 4, 2, 500, 500, 64, 64, "bf16", "causal @ bottom-right", lengths="packed_used",
+             documents=(1.0, 0.3, 0.6)),
+    ],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_against_math(case: Case, deterministic: bool) -> None:
+    with torch_flash2.force("hopper"):
+        testing.check(case, device="cuda")
+
+
+def gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, **keywords: Any) -> Any:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch_flash2.force("hopper"):
+        return torch.autograd.grad(torch_flash2.attention(*leaves, **keywords), leaves, grad)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", ["causal", "window(100, 50)"])
+def test_nothing_leaks_from_behind_a_mask(mask: str, head_dim: int, deterministic: bool) -> None:
+    """NaN keys and values reach dQ of the rows that see them and of no others."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 4, n, head_dim, device="cuda", dtype=torch.bfloat16) for n in (500, 600, 600, 500))
+    clean, _, _ = gradients(q, k, v, grad, mask=mask)
+    k[:, :, 200] = float("nan")
+    v[:, :, 201] = float("nan")
+    dq, _, _ = gradients(q, k, v, grad, mask=mask)
+    visible = torch_flash2.masks.parse(mask).visible(
+        torch.arange(500, device="cuda")[:, None], torch.arange(600, device="cuda")[None], 500, 600
+    )
+    touched = visible[:, 200:202].any(-1)
+    assert dq[:, :, touched].isnan().all()
+    torch.testing.assert_close(dq[:, :, ~touched], clean[:, :, ~touched], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@hopper
+def test_other_documents_and_padding_do_not_reach_a_gradient(deterministic: bool) -> None:
+    """Rows after the last document and padding hold NaN: gradients of documents are what they are without."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 4, 700, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    cu = torch.tensor([0, 130, 130, 500, 650], dtype=torch.int32, device="cuda")
+    lengths = torch_flash2.Lengths(cu_q=cu, cu_k=cu)
+    clean = gradients(q, k, v, grad, mask="causal", lengths=lengths)
+    for tensor in (q, k, v, grad):
+        tensor[:, :, 650:] = float("nan")
+    dirty = gradients(q, k, v, grad, mask="causal", lengths=lengths)
+    for before, after in zip(clean, dirty, strict=True):
+        torch.testing.assert_close(after, before, atol=1e-2, rtol=1e-2)
+        assert (after[:, :, 650:] == 0).all()
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_deterministic_gradients_are_bit_equal(head_dim: int) -> None:
+    q, k, v, grad = (torch.randn(2, 8, 1024, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients(q, k, v, grad, mask="causal")
+        for _ in range(50):
+            assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,256 @@
+"""The Hopper backward from the host's side: what it can run, its configurations, its launches.
+
+B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ... import problem as problem_module
+from ...problem import Call, Gradients, Problem, Saved
+from ..bundles import Mode, RowStats, Strided, coded
+from ..triton import launching, recording, tables
+from ..triton.statistics import launch_stats, sink_gradient
+from . import calls
+from .backward_keys import backward_keys
+from .backward_pipeline import BackwardShape, KeyOutputs, QueryOutputs
+from .backward_queries import backward_queries
+from .calls import descriptor
+from .repair import finish_queries, repair_queries
+
+# Programs of the kernel that looks for marked tiles, for each multiprocessor.
+REPAIRERS = 4
+
+
+class Config(NamedTuple):
+    """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
+    output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
+    keys."""
+
+    GROUPS: int
+    BLOCK: int
+    STAGES: int
+    STAGES_V: int
+    WIDTH_D: int
+    WIDTH_V: int
+    SHARED: bool = False
+
+
+class BackwardConfig(NamedTuple):
+    """One way to run the backward: the kernel of dK and dV, and that of dQ; or, faster but not deterministic, one
+    kernel that computes dK and dV and sums dQ by atomic additions."""
+
+    keys: Config
+    queries: Config
+    fused: Config | None = None
+
+
+def why_not(problem: Problem) -> Iterator[str]:
+    """Why this kernel cannot run the problem."""
+    yield from calls.why_not(problem)
+    rows = 2 * problem.batch * problem.heads * (problem.seqlen_q + 256)
+    if rows >= 2**31:
+        yield "the call has more query rows over all heads than TMA can count"
+
+
+def rather_not(problem: Problem) -> Iterator[str]:
+    """Why another kernel is likely the faster one."""
+    if min(problem.seqlen_q, problem.seqlen_k) <= 64:
+        yield "with 64 query rows or keys or fewer half of its tiles would be empty"
+
+
+@functools.cache
+def _rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((Path(__file__).parent / "backward_configs.json").read_text())
+    return rows
+
+
+def config(problem: Problem) -> BackwardConfig:
+    """The row of backward_configs.json for the next head dims; additions whose order varies only where PyTorch's
+    deterministic algorithms are off."""
+    row = next(
+        row for row in _rows() if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
+    )
+    fused = None if problem.deterministic or row["fused"] is None else Config(**row["fused"])
+    return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused)
+
+
+def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
+    """What the problem does not allow in a forced configuration."""
+    if config.fused is not None and problem.deterministic:
+        yield "atomic additions come in an order that varies, and PyTorch's deterministic algorithms are on"
+
+
+def candidates(problem: Problem) -> Iterator[BackwardConfig]:
+    """Configurations worth measuring."""
+    base = config(problem)
+    for block in (64, 128):
+        for stages in (1, 2, 3):
+            yield base._replace(keys=base.keys._replace(BLOCK=block, STAGES=stages, STAGES_V=stages))
+            yield base._replace(queries=base.queries._replace(BLOCK=block, STAGES=stages, STAGES_V=stages))
+
+
+def _shape(problem: Problem, config: Config) -> BackwardShape:
+    return BackwardShape(
+        config.GROUPS,
+        config.BLOCK,
+        config.STAGES,
+        config.STAGES_V,
+        config.WIDTH_D,
+        triton.cdiv(problem.head_dim, config.WIDTH_D),
+        config.WIDTH_V,
+        triton.cdiv(problem.head_dim_v, config.WIDTH_V),
+        problem.mask.bounds_left,
+        problem.mask.align == "bottom-right",
+        problem.group > 1,
+        config.SHARED,
+    )
+
+
+def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -> Gradients:
+    """Run it; each gradient has the shape, dtype and dimension order of its tensor."""
+    out, lse, grad_out, grad_lse, wanted = saved
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    elif not problem_module.tma_ready(grad_out):
+        grad_out = grad_out.contiguous()
+    tensors = (call.query, call.key, call.value, call.bias, call.sinks)
+    found = Gradients(
+        *(torch.empty_like(t) if want and t is not None else None for t, want in zip(tensors, wanted, strict=True))
+    )
+    if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
+        for gradient in found:
+            if gradient is not None:
+                gradient.zero_()
+        return found
+    stats = launch_stats(call, out, lse, grad_out, grad_lse)
+    if config.fused is not None and found.query is not None:
+        _launch_fused(problem, config.fused, call, grad_out, stats, found)
+    else:
+        if found.key is not None or found.value is not None:
+            _launch_keys(problem, config.keys, call, grad_out, stats, found)
+        if found.query is not None:
+            _launch_queries(problem, config.queries, call, grad_out, stats, found.query)
+    sink_gradient(call, lse, stats, found.sinks)
+    return found
+
+
+def record(
+    problem: Problem, config: BackwardConfig, call: Call, saved: Saved
+) -> tuple[Gradients, recording.Recording | None]:
+    """Run it, and record it for calls alike."""
+    if 0 not in call.query.shape:
+        # Zeros that are there already are not computed while the launch is recorded.
+        launching.keep_zeros(call.query.device, _tiles(problem, config.queries, call))
+    return recording.record(launch, problem, config, call, saved)
+
+
+def _inputs(config: Config, call: Call, grad_out: torch.Tensor, rows: int, keys: int) -> tuple[Any, ...]:
+    """What a kernel loads by TMA, in tiles of so many rows and keys."""
+    return (
+        descriptor(call.query, rows, config.WIDTH_D),
+        descriptor(call.key, keys, config.WIDTH_D),
+        descriptor(call.value, keys, config.WIDTH_V),
+        descriptor(grad_out, rows, config.WIDTH_V),
+    )
+
+
+def _launch_keys(
+    problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, found: Gradients,
+    sums: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    key = torch.empty_like(call.key) if found.key is None else found.key
+    value = torch.empty_like(call.value) if found.value is None else found.value
+    keys = 64 * (1 if config.SHARED else config.GROUPS)
+    vector = gl.NVMMASharedLayout(0, 32, 1)
+    arguments = (
+        *_inputs(config, call, grad_out, config.BLOCK, 64),
+        # delta lies behind lse2.
+        TensorDescriptor(stats.lse2, [2 * stats.lse2.numel()], [1], [config.BLOCK], vector),
+        descriptor(key, 64, config.WIDTH_D),
+        descriptor(value, 64, config.WIDTH_V),
+        KeyOutputs(Strided.of(key), Strided.of(value), stats.pitch, sums),
+        coded(_swizzle(problem, call)),
+        *launching.bundle(problem, call),
+        _shape(problem, config),
+        launching.steps(problem),
+    )
+    programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], keys)
+    launching.launch(backward_keys, programs, call.query.device, arguments, num_warps=4)
+
+
+def _launch_fused(
+    problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, found: Gradients
+) -> None:  # fmt: skip
+    assert found.query is not None
+    chunks = triton.cdiv(problem.head_dim, config.WIDTH_D)
+    programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK)
+    sums = torch.zeros(programs * config.BLOCK * config.WIDTH_D * chunks, dtype=torch.float32, device=call.query.device)
+    _launch_keys(problem, config, call, grad_out, stats, found, sums)
+    tensors = (Strided.of(tensor) for tensor in (call.query, call.key, call.value, grad_out))
+    arguments = (
+        sums,
+        *tensors,
+        stats,
+        Strided.of(found.query),
+        *launching.bundle(problem, call),
+        config.WIDTH_D,
+        chunks,
+        _repair_mode(problem, config.BLOCK),
+        launching.steps(problem),
+    )
+    launching.launch(finish_queries, programs, call.query.device, arguments, num_warps=4, num_stages=1)
+
+
+def _swizzle(problem: Problem, call: Call) -> int:
+    """How many key heads go side by side: their queries and output gradients should stay in L2."""
+    if not problem.mask.bands and not problem.lengths:
+        return 1
+    row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
+    heads = max(1, calls.L2_BYTES // max(row_bytes, 1))
+    return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch))
+
+
+def _tiles(problem: Problem, config: Config, call: Call) -> int:
+    """How many tiles of query rows there are."""
+    return launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], 64 * config.GROUPS)
+
+
+def _launch_queries(
+    problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor
+) -> None:  # fmt: skip
+    programs = _tiles(problem, config, call)
+    flags = launching.zeros(call.query.device, programs) if calls.hides(problem) else None
+    bundle = launching.bundle(problem, call)
+    steps = launching.steps(problem)
+    arguments = (
+        *_inputs(config, call, grad_out, 64, config.BLOCK),
+        descriptor(grad_q, 64, config.WIDTH_D),
+        QueryOutputs(Strided.of(grad_q), stats, flags),
+        coded(calls.swizzle(problem, call)),
+        *bundle,
+        _shape(problem, config),
+        steps,
+    )
+    launching.launch(backward_queries, programs, call.query.device, arguments, num_warps=4)
+    if flags is None:
+        return
+    mode = _repair_mode(problem, 64 * config.GROUPS)
+    tensors = (Strided.of(tensor) for tensor in (call.query, call.key, call.value, grad_out))
+    repair = (flags, coded(programs), *tensors, stats, Strided.of(grad_q), *bundle, mode, steps)
+    repairers = min(programs, REPAIRERS * problem.hardware.multiprocessors)
+    launching.launch(repair_queries, repairers, call.query.device, repair, num_warps=8, num_stages=1)
+
+
+def _repair_mode(problem: Problem, rows: int) -> Mode:
+    return launching.mode(problem, tables.backward(problem).q._replace(BLOCK_M=rows), rows)

@@ -1,0 +1,419 @@
+"""dK and dV on Hopper, in Gluon for sm90a: a tile of keys stays, the query heads of its group stream past it.
+
+B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+All tiles of scores are transposed, [64 keys, BLOCK_M rows]: P^T and dS^T are then left operands in registers of dV +=
+P^T dO and dK += dS^T Q. Up to head dim 128 each warpgroup has 64 keys and both of their accumulators; beyond, two
+warpgroups share 64 keys: one makes P and dV, the other dS and dK, and P goes from one to the other through shared
+memory. Each element is summed in one order: results are bit-equal from run to run.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..device import scores, tiles
+from . import compat
+from .backward_pipeline import (
+    BackwardInputs,
+    BackwardRule,
+    Fixed,
+    Gradient,
+    Streams,
+    accumulate,
+    add_tile,
+    clean,
+    filled,
+    freed,
+    key_task,
+    landed,
+    load_tiles,
+    operand,
+    outer,
+    scale2_of,
+    scored,
+    seen_by_keys,
+    store_gradient,
+    tile_ring,
+    vector_ring,
+    view,
+    zeros,
+)
+from .pipeline import Ring, matrix, ring_barriers, tasks_of
+
+
+@gluon.jit
+def _sync(THREADS: gl.constexpr):
+    """Wait for all consumer warpgroups (a named barrier, which Gluon lacks; Triton itself uses those from 0 on)."""
+    ASM: gl.constexpr = _sync_asm(THREADS)
+    gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _sync_asm(threads):
+    return f"bar.sync 8, {threads}; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def _produce(inputs, streams, fixed, task, rule, KEYS: gl.constexpr, SHAPE: gl.constexpr):
+    """The producer warp: the keys' tiles once, then queries and output gradients of every head of the group."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    q, do, lse2, delta, _ = streams
+    k, v, _ = fixed
+    mbarrier.expect(k.filled.index(0), 64 * KEYS * WIDTH_D * CHUNKS_D * 2)
+    for w in gl.static_range(KEYS):
+        load_tiles(inputs.k, task.start_k, task.batch_k, task.h, task.n0 + w * 64, k.filled.index(0), k.data,
+                   w * CHUNKS_D, WIDTH_D, CHUNKS_D)  # fmt: skip
+    h = task.h * rule.sizes.group
+    i = task.count * 0
+    for j in range(task.count * rule.sizes.group):
+        row = task.start + i * BLOCK_M
+        at = (task.batch_q * rule.sizes.H + h) * rule.pitch + task.start_q + row
+        freed(q, j, SHAPE.STAGES)
+        slot = j % SHAPE.STAGES
+        mbarrier.expect(q.filled.index(slot), BLOCK_M * (WIDTH_D * CHUNKS_D * 2 + 4))
+        load_tiles(inputs.q, task.start_q, task.batch_q, h, row, q.filled.index(slot), q.data, slot * CHUNKS_D,
+                   WIDTH_D, CHUNKS_D)  # fmt: skip
+        compat.load(inputs.stats, [at], q.filled.index(slot), lse2.index(slot))
+        if j == 0:
+            mbarrier.expect(v.filled.index(0), 64 * KEYS * WIDTH_V * CHUNKS_V * 2)
+            for w in gl.static_range(KEYS):
+                load_tiles(inputs.v, task.start_k, task.batch_k, task.h, task.n0 + w * 64, v.filled.index(0), v.data,
+                           w * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
+        freed(do, j, SHAPE.STAGES_V)
+        slot_v = j % SHAPE.STAGES_V
+        mbarrier.expect(do.filled.index(slot_v), BLOCK_M * (WIDTH_V * CHUNKS_V * 2 + 4))
+        load_tiles(inputs.do, task.start_q, task.batch_q, h, row, do.filled.index(slot_v), do.data,
+                   slot_v * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
+        # delta lies behind lse2.
+        at += rule.sizes.B * rule.sizes.H * rule.pitch
+        compat.load(inputs.stats, [at], do.filled.index(slot_v), delta.index(slot_v))
+        h, i = _advance(h, i, task, SHAPE)
+
+
+@gluon.jit
+def _advance(h, i, task, SHAPE: gl.constexpr):
+    """The head and the tile of rows that come next."""
+    i += 1
+    if SHAPE.GROUPED:
+        last = i == task.count
+        h = gl.where(last, h + 1, h)
+        i = gl.where(last, 0, i)
+    return h, i
+
+
+@gluon.jit
+def _steps_of(h, task, rule, STEPS: gl.constexpr):
+    """What the score steps need of one query head."""
+    segment = gl.minimum(task.b, rule.sizes.B - 1)
+    return scores.prepare(rule.operands.steps, segment, h, task.start_q, task.start_k, STEPS)
+
+
+@gluon.jit
+def _clean_rows(j, m0, streams, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Where a tile of rows reaches past its document or into padding: 0 there, whatever is stored, for 0 * NaN is
+    NaN. The first warpgroup cleans the queries, the second the output gradients."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    q, do, lse2, delta, _ = streams
+    if m0 + BLOCK_M > task.used_q:
+        filled(do, j, SHAPE.STAGES_V)
+        if WG == 0:
+            clean(q, j % SHAPE.STAGES * SHAPE.CHUNKS_D, task.used_q - m0, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D)
+        if WG == 1:
+            clean(do, j % SHAPE.STAGES_V * SHAPE.CHUNKS_V, task.used_q - m0, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
+        fence_async_shared()
+        _sync(128 * SHAPE.GROUPS)
+
+
+@gluon.jit
+def _query_gradient(ds, j, k, again, exchange, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Issue this warpgroup's columns of dQ [BLOCK_M, WIDTH_D] of all keys of the program, from dS^T of all
+    warpgroups, which meet in shared memory; GROUPS products in flight."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    GROUPS: gl.constexpr = SHAPE.GROUPS
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_D, 16])
+    first = j % 2 * GROUPS
+    exchange.index(first + WG).store(ds)
+    fence_async_shared()
+    _sync(128 * GROUPS)
+    dq = gl.zeros([BLOCK_M, WIDTH_D], gl.float32, ACC)
+    for g in gl.static_range(GROUPS):
+        keys = view(k.data, g * SHAPE.CHUNKS_D + WG + again, 64, WIDTH_D)
+        dq = warpgroup_mma(exchange.index(first + g).permute((1, 0)), keys, dq, use_acc=g > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _sums_tile(h, tile, task, rule, BLOCK_M: gl.constexpr):
+    """The number of a tile of rows of head h among the sums of dQ."""
+    per_head, _ = tasks_of(rule.spans, rule.sizes, BLOCK_M)
+    if rule.spans.cu_q is None:
+        number = (task.b * rule.sizes.H + h) * per_head + tile
+    else:
+        number = h * per_head + tile + task.start_q // BLOCK_M + task.b
+    return gl.cast(number, gl.int64)
+
+
+@gluon.jit
+def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """A warpgroup: dK and dV of 64 keys."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(0, S)
+    q, do, lse2s, deltas, exchange = streams
+    k, v, bounds = fixed
+    DTYPE: gl.constexpr = q.data.dtype
+    n = task.n0 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    scale2 = scale2_of(rule, STEPS)
+    dk = zeros(WIDTH_D, CHUNKS_D)
+    dv = zeros(WIDTH_V, CHUNKS_V)
+    h = task.h * rule.sizes.group
+    steps = _steps_of(h, task, rule, STEPS)
+    i = task.count * 0
+    some = task.count > 0
+    mbarrier.wait(k.filled.index(0), 0)
+    mbarrier.wait(v.filled.index(0), 0, pred=some)
+    for j in range(task.count * rule.sizes.group):
+        slot = j % SHAPE.STAGES
+        slot_v = j % SHAPE.STAGES_V
+        m0 = task.start + i * BLOCK_M
+        m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
+        now = steps
+        if SHAPE.GROUPED:
+            now = _steps_of(h, task, rule, STEPS)
+        partial = (m0 < task.full_start) | (m0 >= task.full_stop)
+        if rule.aside is not None:
+            # dQ sums over keys: those past the end must not count.
+            partial = partial | (task.n0 + 64 * SHAPE.GROUPS > task.used_k)
+        filled(q, j, SHAPE.STAGES)
+        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+            _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
+        # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
+        again = gl.minimum(m0, 0)
+        s = outer(k.data, WG * CHUNKS_D + again, q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
+        lse2 = lse2s.index(slot).load(ROWS)
+        filled(do, j, SHAPE.STAGES_V)
+        dp = outer(v.data, WG * CHUNKS_V + again, do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
+        s = warpgroup_mma_wait(CHUNKS_V, (s,))
+        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring.scale, STEPS)
+        p = gl.exp2(s * scale2 - lse2[None, :])
+        if partial:
+            p = gl.where(seen_by_keys(bounds, m, WG * 64, S), p, 0.0)
+        dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
+        # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
+        filled(do, j, SHAPE.STAGES_V)
+        dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
+        ds = p * slope * (dp - deltas.index(slot_v).load(ROWS)[None, :])
+        if partial:
+            # A masked value may be NaN, and 0 * NaN is NaN.
+            ds = gl.where(seen_by_keys(bounds, m, WG * 64, S), ds, 0.0)
+        ds = ds.to(DTYPE)
+        if rule.aside is None:
+            dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
+            dv = landed(dv, CHUNKS_D)
+        else:
+            dq = _query_gradient(ds, j, k, again, exchange, WG, SHAPE)
+            dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
+            done = landed((dq,) + dv, CHUNKS_D)
+            dv = ()
+            for c in gl.static_range(CHUNKS_V):
+                dv = dv + (done[c + 1],)
+            part = _sums_tile(h, m0 // BLOCK_M, task, rule, BLOCK_M) * CHUNKS_D + WG
+            add_tile(rule.aside + part * (BLOCK_M * WIDTH_D), done[0], BLOCK_M, WIDTH_D)
+        mbarrier.arrive(do.free.index(slot_v))
+        filled(q, j, SHAPE.STAGES)
+        dk = landed(dk, 0)
+        mbarrier.arrive(q.free.index(slot))
+        h, i = _advance(h, i, task, SHAPE)
+    row = task.n0 + WG * 64
+    store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, WG * CHUNKS_V, row, task.stored, task.used_k,
+                   task.batch_k, task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
+    store_gradient(dk_to, dk, rule.scoring.scale, k.data, WG * CHUNKS_D, row, task.stored, task.used_k, task.batch_k,
+                   task.h, task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
+    compat.stores_landed()
+
+
+@gluon.jit
+def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(0, S)
+    q, do, lse2s, deltas, exchange = streams
+    k, v, bounds = fixed
+    DTYPE: gl.constexpr = q.data.dtype
+    n = task.n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    scale2 = scale2_of(rule, STEPS)
+    dv = zeros(WIDTH_V, CHUNKS_V)
+    h = task.h * rule.sizes.group
+    steps = _steps_of(h, task, rule, STEPS)
+    i = task.count * 0
+    mbarrier.wait(k.filled.index(0), 0)
+    for j in range(task.count * rule.sizes.group):
+        slot = j % SHAPE.STAGES
+        slot_v = j % SHAPE.STAGES_V
+        m0 = task.start + i * BLOCK_M
+        m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
+        now = steps
+        if SHAPE.GROUPED:
+            now = _steps_of(h, task, rule, STEPS)
+        filled(q, j, SHAPE.STAGES)
+        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+            _clean_rows(j, m0, streams, task, rule, 0, SHAPE)
+        s = outer(k.data, gl.minimum(m0, 0), q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
+        lse2 = lse2s.index(slot).load(ROWS)
+        freed(handed, j, 2)
+        # dV of the tile before is still in flight beside these products.
+        s = warpgroup_mma_wait(0, (s,))
+        mbarrier.arrive(q.free.index(slot))
+        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring.scale, STEPS)
+        p = gl.exp2(s * scale2 - lse2[None, :])
+        if (m0 < task.full_start) | (m0 >= task.full_stop):
+            p = gl.where(seen_by_keys(bounds, m, 0, S), p, 0.0)
+        handed.data.index(j % 2).store((p * slope).to(DTYPE))
+        mbarrier.arrive(handed.filled.index(j % 2))
+        filled(do, j, SHAPE.STAGES_V)
+        dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
+        dv = landed(dv, 0)
+        mbarrier.arrive(do.free.index(slot_v))
+        h, i = _advance(h, i, task, SHAPE)
+    # The gradient leaves through the tiles of V, which the other warpgroup reads.
+    _sync(256)
+    store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, 0, task.n0, task.stored, task.used_k, task.batch_k,
+                   task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
+    compat.stores_landed()
+
+
+@gluon.jit
+def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """The warpgroup of dS and dK, 64 keys, which is handed P."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(0, S)
+    q, do, lse2s, deltas, exchange = streams
+    k, v, bounds = fixed
+    DTYPE: gl.constexpr = q.data.dtype
+    dk = zeros(WIDTH_D, CHUNKS_D)
+    i = task.count * 0
+    mbarrier.wait(v.filled.index(0), 0, pred=task.count > 0)
+    for j in range(task.count * rule.sizes.group):
+        slot = j % SHAPE.STAGES
+        slot_v = j % SHAPE.STAGES_V
+        m0 = task.start + i * BLOCK_M
+        m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
+        filled(do, j, SHAPE.STAGES_V)
+        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+            filled(q, j, SHAPE.STAGES)
+            _clean_rows(j, m0, streams, task, rule, 1, SHAPE)
+        dp = outer(v.data, gl.minimum(m0, 0), do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
+        delta = deltas.index(slot_v).load(ROWS)
+        filled(handed, j, 2)
+        dp = warpgroup_mma_wait(0, (dp,))
+        mbarrier.arrive(do.free.index(slot_v))
+        p = handed.data.index(j % 2).load(S).to(gl.float32)
+        mbarrier.arrive(handed.free.index(j % 2))
+        ds = p * (dp - delta[None, :])
+        if (m0 < task.full_start) | (m0 >= task.full_stop):
+            # A masked value may be NaN, and 0 * NaN is NaN.
+            ds = gl.where(seen_by_keys(bounds, m, 0, S), ds, 0.0)
+        filled(q, j, SHAPE.STAGES)
+        dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
+        dk = landed(dk, 0)
+        mbarrier.arrive(q.free.index(slot))
+        _, i = _advance(i, i, task, SHAPE)
+    _sync(256)
+    store_gradient(dk_to, dk, rule.scoring.scale, k.data, 0, task.n0, task.stored, task.used_k, task.batch_k, task.h,
+                   task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
+    compat.stores_landed()
+
+
+@gluon.jit
+def backward_keys(
+    q, k, v, do, stats, dk, dv, outputs, swizzle, spans, coded_sizes, rules, scoring, operands,
+    SHAPE: gl.constexpr, STEPS: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys of one key head, summed over the query heads of its group: 64 keys a warpgroup, or
+    (SHAPE.SHARED) 64 keys that two warpgroups share."""
+    GROUPS: gl.constexpr = SHAPE.GROUPS
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    SHARED: gl.constexpr = SHAPE.SHARED
+    DTYPE: gl.constexpr = q.dtype
+    KEYS: gl.constexpr = 1 if SHARED else GROUPS
+    BLOCK_N: gl.constexpr = 64 * KEYS
+    inputs = BackwardInputs(q, k, v, do, stats)
+    dk_to = Gradient(dk, outputs.k)
+    dv_to = Gradient(dv, outputs.v)
+    key_tiles = tile_ring(1, 1, 64, SHAPE.WIDTH_D, KEYS * SHAPE.CHUNKS_D, DTYPE)
+    value_tiles = tile_ring(1, 1, 64, SHAPE.WIDTH_V, KEYS * SHAPE.CHUNKS_V, DTYPE)
+    query_tiles = tile_ring(SHAPE.STAGES, GROUPS, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
+    do_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
+    exchange = None
+    if outputs.sums is not None:
+        exchange = gl.allocate_shared_memory(DTYPE, [2 * GROUPS, 64, BLOCK_M], matrix(BLOCK_M, 2))
+    lse2s = vector_ring(SHAPE.STAGES, BLOCK_M)
+    deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M)
+    streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
+    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.pitch, outputs.sums)
+    task, bounds = key_task(
+        gl.program_id(0), tiles.decoded(swizzle), spans, rule.sizes, rules, BLOCK_N, BLOCK_M, SHAPE.BOTTOM_RIGHT,
+        STEPS, 4,
+    )  # fmt: skip
+    fixed = Fixed(key_tiles, value_tiles, bounds)
+    if SHARED:
+        handed_filled, handed_free = ring_barriers(2, 1)
+        handed_data = gl.allocate_shared_memory(DTYPE, [2, 64, BLOCK_M], matrix(BLOCK_M, 2))
+        handed = Ring(handed_data, handed_filled, handed_free)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume_values, (dv_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
+                (_consume_scores, (dk_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
+                (_produce, (inputs, streams, fixed, task, rule, KEYS, SHAPE)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    elif GROUPS == 2:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
+                (_produce, (inputs, streams, fixed, task, rule, KEYS, SHAPE)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
+                (_consume, (2, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
+                (_produce, (inputs, streams, fixed, task, rule, KEYS, SHAPE)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )

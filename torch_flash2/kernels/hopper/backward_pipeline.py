@@ -1,0 +1,360 @@
+"""What the Hopper backward's kernels share: their compile-time numbers, where a program works, products of tiles.
+
+B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..bundles import Rows
+from ..device import bands, scores, tiles
+from . import compat
+from .pipeline import Ring, matrix, ring_barriers
+
+
+class BackwardShape(NamedTuple):
+    """Compile-time numbers: consumer warpgroups, positions of a streamed tile, buffers of what streams (`STAGES` of
+    queries or keys, `STAGES_V` of output gradients or values); the columns of a tile and how many tiles side by side
+    make D and Dv; whether bands bound keys on the left, alignment; whether query heads share a key head; whether two
+    warpgroups share 64 keys."""
+
+    GROUPS: int
+    BLOCK: int
+    STAGES: int
+    STAGES_V: int
+    WIDTH_D: int
+    CHUNKS_D: int
+    WIDTH_V: int
+    CHUNKS_V: int
+    LEFT: bool
+    BOTTOM_RIGHT: bool
+    GROUPED: bool
+    SHARED: bool
+
+
+class BackwardInputs(NamedTuple):
+    """TMA descriptors: query, key, value, output gradient; one-dimensional, RowStats' lse2 and behind it delta."""
+
+    q: Any
+    k: Any
+    v: Any
+    do: Any
+    stats: Any
+
+
+class KeyOutputs(NamedTuple):
+    """dK and dV as Strided, RowStats' pitch, and where dQ is summed, or None: fp32 tiles of 64 rows of each head, as
+    `add_tile` lays them out."""
+
+    k: Any
+    v: Any
+    pitch: Any
+    sums: Any
+
+
+class QueryOutputs(NamedTuple):
+    """dQ as Strided, RowStats, and where tiles are marked that `repair_queries` computes again, or None."""
+
+    q: Any
+    stats: Any
+    flags: Any
+
+
+class Fixed(NamedTuple):
+    """A tile of keys in shared memory: rings of one buffer of keys and of values, and where the rows that see each key
+    start and stop."""
+
+    k: Any
+    v: Any
+    bounds: Any
+
+
+class Streams(NamedTuple):
+    """What passes a tile of keys: rings of queries and output gradients, lse2 and delta beside them; where warpgroups
+    exchange dS^T, or None."""
+
+    q: Any
+    do: Any
+    lse2: Any
+    delta: Any
+    exchange: Any
+
+
+class QueryTiles(NamedTuple):
+    """The dQ kernel's rings: queries and output gradients, which stay, keys and values, which pass."""
+
+    q: Any
+    do: Any
+    k: Any
+    v: Any
+
+
+class Gradient(NamedTuple):
+    """Where a gradient goes: by TMA, and the tensor behind it as Strided."""
+
+    tma: Any
+    plain: Any
+
+
+class BackwardRule(NamedTuple):
+    """What all tiles share: lengths, sizes, bands' numbers, scoring, operands; RowStats' pitch; and where the dQ kernel
+    marks tiles that `repair_queries` computes again, or where the dK kernel sums dQ; None in either where it does
+    not."""
+
+    spans: Any
+    sizes: Any
+    rules: Any
+    scoring: Any
+    operands: Any
+    pitch: Any
+    aside: Any
+
+
+class KeyTask(NamedTuple):
+    """A tile of keys: its first key, key head, segment; where the segment lies; where row 0 stands; and the tiles of
+    query rows that it visits, `count` from `start` on for each query head, those in [full_start, full_stop) without a
+    mask."""
+
+    n0: Any
+    h: Any
+    b: Any
+    batch_q: Any
+    start_q: Any
+    used_q: Any
+    batch_k: Any
+    start_k: Any
+    stored: Any
+    used_k: Any
+    shift: Any
+    start: Any
+    count: Any
+    full_start: Any
+    full_stop: Any
+
+
+@gluon.jit
+def key_task(index, swizzle, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
+             BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """The index-th tile of BLOCK_N keys, and, in shared memory, where the rows that see each key start and stop; keys
+    past the end are seen by none. `swizzle` key heads go side by side, so that their queries stay in L2, their first
+    tiles first: the longest under a causal mask."""
+    QUERIES: gl.constexpr = STEPS.QUERIES
+    heads = sizes.H // sizes.group
+    per_head = tiles.tile_count(spans.cu_k, sizes.B, sizes.N, BLOCK_N)
+    all_heads = heads
+    if spans.cu_k is None:
+        all_heads = heads * sizes.B
+    block = index // (per_head * swizzle)
+    rest = index % (per_head * swizzle)
+    width = gl.minimum(swizzle, all_heads - block * swizzle)
+    tile = rest // width
+    head = block * swizzle + rest % width
+    h = head % heads
+    if spans.cu_k is None:
+        b = head // heads
+    else:
+        b = tiles.find_segment(spans.cu_k, sizes.B, tile, BLOCK_N)
+        tile -= gl.load(spans.cu_k + b) // BLOCK_N + b
+    batch_q, start_q, _, used_q = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
+    batch_k, start_k, stored, used_k = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
+    n0 = tile * BLOCK_N
+    # An arange is a power of two long: keys past the tile repeat its last one.
+    LENGTH: gl.constexpr = 256 if BLOCK_N > 128 else 128
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    n = n0 + gl.minimum(gl.arange(0, LENGTH, layout=L), BLOCK_N - 1)
+    shift = used_k - used_q if BOTTOM_RIGHT else used_k * 0
+    lo, hi = bands.intersect(gl.minimum(n, used_k - 1), used_q, used_q, used_k, shift, rules.numbers, QUERIES)
+    hi = gl.where(n0 < used_k, hi, lo)
+    span = bands.tile_span(lo, hi, used_q, BLOCK_M, False)
+    count = gl.cdiv(gl.maximum(span.stop - span.start, 0), BLOCK_M)
+    starts = gl.allocate_shared_memory(gl.int32, [LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    stops = gl.allocate_shared_memory(gl.int32, [LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    starts.store(lo)
+    stops.store(gl.where(n < used_k, hi, lo))
+    task = KeyTask(
+        n0, h, b, batch_q, start_q, used_q, batch_k, start_k, stored, used_k, shift, span.start, count,
+        span.full_start, span.full_stop,
+    )  # fmt: skip
+    return task, (starts, stops)
+
+
+@gluon.jit
+def tile_ring(COUNT: gl.constexpr, READERS: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+              CHUNKS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """A ring of COUNT buffers, each CHUNKS tiles [ROWS, WIDTH] side by side."""
+    TILES: gl.constexpr = COUNT * CHUNKS
+    data = gl.allocate_shared_memory(DTYPE, [TILES, 1, 1, ROWS, WIDTH], matrix(WIDTH, 4))
+    filled, free = ring_barriers(COUNT, READERS)
+    return Ring(data, filled, free)
+
+
+@gluon.jit
+def vector_ring(COUNT: gl.constexpr, LENGTH: gl.constexpr):
+    """COUNT buffers of LENGTH fp32 numbers, filled and freed with the tiles of another ring."""
+    return gl.allocate_shared_memory(gl.float32, [COUNT, LENGTH], gl.NVMMASharedLayout(0, 32, 1))
+
+
+@gluon.jit
+def load_tiles(source, at, batch, head, row, barrier, data, first, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """Load the CHUNKS tiles of rows from `row` on into data[first ..]; `at` is where the segment starts."""
+    for c in gl.static_range(CHUNKS):
+        compat.load(source, [batch, head, at + row, c * WIDTH], barrier, data.index(first + c))
+
+
+@gluon.jit
+def view(data, index, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """One tile [ROWS, WIDTH] of a ring."""
+    return data.index(index)._reinterpret(data.dtype, [ROWS, WIDTH], matrix(WIDTH, 2))
+
+
+@gluon.jit
+def outer(left, first_left, right, first_right, COLS: gl.constexpr, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """Issue left right^T [64, COLS]; CHUNKS products in flight."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    product = gl.zeros([64, COLS], gl.float32, L)
+    for c in gl.static_range(CHUNKS):
+        x = view(left, first_left + c, 64, WIDTH)
+        y = view(right, first_right + c, COLS, WIDTH)
+        product = warpgroup_mma(x, y.permute((1, 0)), product, use_acc=c > 0, is_async=True)
+    return product
+
+
+@gluon.jit
+def accumulate(x, data, first, acc, ROWS: gl.constexpr, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """Issue acc += x data, x [64, ROWS] in registers; CHUNKS products in flight."""
+    result = ()
+    for c in gl.static_range(CHUNKS):
+        result = result + (warpgroup_mma(x, view(data, first + c, ROWS, WIDTH), acc[c], is_async=True),)
+    return result
+
+
+@gluon.jit
+def landed(acc, PENDING: gl.constexpr):
+    """The accumulators once at most PENDING products are in flight."""
+    if len(acc) == 1:
+        return (warpgroup_mma_wait(PENDING, acc),)
+    else:
+        return warpgroup_mma_wait(PENDING, acc)
+
+
+@gluon.jit
+def operand(x, WIDTH: gl.constexpr, DTYPE: gl.constexpr):
+    """A tile [64, rows] as the register operand of `accumulate`; this moves no data between threads."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    return gl.convert_layout(x.to(DTYPE), gl.DotOperandLayout(0, ACC, 2))
+
+
+@gluon.jit
+def zeros(WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """An accumulator [64, CHUNKS * WIDTH] of zeros."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    acc = ()
+    for _ in gl.static_range(CHUNKS):
+        acc = acc + (gl.zeros([64, WIDTH], gl.float32, ACC),)
+    return acc
+
+
+@gluon.jit
+def scored(s, m, n, shift, steps, scale, STEPS: gl.constexpr):
+    """Scores from raw products, and their derivative with respect to scale * product; m and n broadcast to the
+    tile."""
+    slope = 1.0
+    if len(STEPS.VALUE) > 0:
+        s, slope = scores.apply_with_slope(s * scale, steps, m, n, m + shift - n, m == m, STEPS)
+    return s, slope
+
+
+@gluon.jit
+def scale2_of(rule, STEPS: gl.constexpr):
+    """The factor from scores to log2 units."""
+    return scores.LOG2E if len(STEPS.VALUE) > 0 else rule.scoring.scale * scores.LOG2E
+
+
+@gluon.jit
+def seen_by_keys(bounds, m, first, S: gl.constexpr):
+    """Which rows m [BLOCK_M] see the 64 keys from the program's number `first` on: [64, BLOCK_M]."""
+    KEYS: gl.constexpr = gl.SliceLayout(1, S)
+    lo = bounds[0].slice(first, 64).load(KEYS)
+    hi = bounds[1].slice(first, 64).load(KEYS)
+    return (m[None, :] >= lo[:, None]) & (m[None, :] < hi[:, None])
+
+
+@gluon.jit
+def add_tile(to, tile, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """Add a tile [ROWS, WIDTH] of a product to fp32 sums at `to`, atomically: four registers of a thread at once, which
+    lie side by side there. Element (16 w + 8 r + g, 8 c + 2 t + e) is number (w, c, g, t, r, e)."""
+    x = gl.reshape(tile, [ROWS // 16, 2, 8, WIDTH // 8, 4, 2])
+    x = gl.reshape(gl.permute(x, (0, 3, 2, 4, 1, 5)), [ROWS * WIDTH])
+    L: gl.constexpr = x.type.layout
+    # One address for the four: another for each would take a register each.
+    at = to.to(gl.int64, bitcast=True) + (gl.arange(0, ROWS * WIDTH, layout=L) // 4 * 16).to(gl.int64)
+    ASM: gl.constexpr = (
+        "red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};"
+        " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
+    )
+    gl.inline_asm_elementwise(
+        ASM, "=r,=r,=r,=r,l,l,l,l,f,f,f,f", [at, x], dtype=gl.int32, is_pure=False, pack=4
+    )  # fmt: skip
+
+
+@gluon.jit
+def clean(ring, first, limit, ROWS: gl.constexpr, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """Set rows from `limit` on of a buffer's tiles to 0: they are another document's, or padding."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+    for c in gl.static_range(CHUNKS):
+        tile = view(ring.data, first + c, ROWS, WIDTH)
+        kept = tile.load(L)
+        tile.store(gl.where((r < limit)[:, None], kept, gl.zeros([ROWS, WIDTH], kept.dtype, L)))
+
+
+@gluon.jit
+def store_gradient(gradient, acc, weight, staging, first, row, stored, used, batch, head, start, cu,
+                   WIDTH: gl.constexpr):  # fmt: skip
+    """Store acc * weight as rows row .. row + 64 of a segment, those below `stored`; rows from `used` on are 0. The
+    tiles of `staging` from `first` on are free for it."""
+    DTYPE: gl.constexpr = staging.dtype
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
+    for c in gl.static_range(len(acc)):
+        tile = gl.where((r < used)[:, None], acc[c] * weight, 0.0).to(DTYPE)
+        if cu is None:
+            _store_by_tma(gradient.tma, tile, staging.index(first + c), batch, head, start + row, c * WIDTH, WIDTH)
+        else:
+            if row + 64 <= stored:
+                _store_by_tma(gradient.tma, tile, staging.index(first + c), batch, head, start + row, c * WIDTH, WIDTH)
+            else:
+                # TMA would write over the next document's rows.
+                rows = Rows(gradient.plain, batch, head, start)
+                col = c * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
+                at = tiles.base_of(rows, 0) + (r.to(gl.int64)[:, None] * rows.x.row + col[None, :] * rows.x.col)
+                gl.store(at, tile, mask=(r < stored)[:, None] & (col < rows.x.cols)[None, :])
+
+
+@gluon.jit
+def _store_by_tma(to, tile, staging, batch, head, row, column, WIDTH: gl.constexpr):
+    staging._reinterpret(tile.dtype, [64, WIDTH], matrix(WIDTH, 2)).store(tile)
+    fence_async_shared()
+    compat.store(to, [batch, head, row, column], staging)
+
+
+@gluon.jit
+def filled(ring, index, COUNT: gl.constexpr):
+    """Wait until the index-th fill of a ring of COUNT buffers is there."""
+    mbarrier.wait(ring.filled.index(index % COUNT), (index // COUNT) & 1)
+
+
+@gluon.jit
+def freed(ring, index, COUNT: gl.constexpr):
+    """Wait until the buffer of the index-th fill is free."""
+    mbarrier.wait(ring.free.index(index % COUNT), ((index // COUNT) & 1) ^ 1)

@@ -1,0 +1,64 @@
+"""What the Hopper kernels, forward and backward, have in common on the host's side.
+
+B batch, H query heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...problem import Call, Problem
+from ..triton import launching
+
+# Keys and values of the heads that are worked on side by side should stay in L2, beside all else that passes through
+# it: 50 MB on the H100 and the H200.
+L2_BYTES = 32 << 20
+
+
+def why_not(problem: Problem) -> Iterator[str]:
+    """Why this kernel cannot run the problem."""
+    hardware = problem.hardware
+    if hardware.type != "cuda" or hardware.capability != (9, 0):
+        yield "it is for Hopper GPUs (compute capability 9.0)"
+        return
+    if launching.INTERPRETED and not hardware.name.startswith("simulated"):
+        yield "Triton's interpreter cannot run Gluon"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        yield f"it has float16 and bfloat16, got {problem.dtype}"
+    if problem.layout != "aligned" or problem.head_dim_v % 8 != 0:
+        yield "TMA needs unit stride on D and multiples of 16 bytes everywhere else"
+    if max(problem.head_dim, problem.head_dim_v) > 256:
+        yield f"it has head dims up to 256, got {problem.head_dim} and {problem.head_dim_v}"
+    if problem.dense or "bias" in problem.steps:
+        yield "dense masks and biases stay on the portable kernel"
+    if not problem.positive_scale:
+        yield "a scale that is not positive stays on the portable kernel"
+    if problem.dropout:
+        yield "dropout stays on the portable kernel"
+    if problem.page_size is not None:
+        yield "it has no paged keys and values"
+    if problem.batch * problem.heads * (problem.seqlen_q // 128 + 1) >= 2**30:
+        yield "the call has more tiles than its counter can count"
+
+
+def descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """How TMA sees a tensor [B, H, M, D] in tiles of rows x cols."""
+    layout = gl.NVMMASharedLayout(min(cols * 2, 128), 16, 4)
+    return TensorDescriptor(tensor, list(tensor.shape), launching.tma_strides(tensor), [1, 1, rows, cols], layout)
+
+
+def swizzle(problem: Problem, call: Call) -> int:
+    """How many heads go side by side. Without a mask all tiles are of one length: one head after the other."""
+    if not problem.mask.bands and not problem.lengths:
+        return 1
+    key_bytes = call.key.shape[2] * (problem.head_dim + problem.head_dim_v) * 2
+    heads = max(1, L2_BYTES // max(key_bytes, 1)) * problem.group
+    return min(heads, problem.heads * (1 if problem.packed_q else problem.batch))
+
+
+def hides(problem: Problem) -> bool:
+    return bool(problem.mask.bands) or problem.packed_k or "used_k" in problem.lengths

@@ -1,0 +1,68 @@
+"""What follows the Hopper kernels that compute dQ: sums brought to their place, and, where NaN or infinite keys lie
+behind a mask, tiles computed again on the portable kernel's careful path.
+
+M query rows, D head dim.
+"""
+
+import triton
+import triton.language as tl
+
+from ..bundles import Rows
+from ..device import tiles
+from ..triton.common import query_tile
+from ..triton.query_gradient import query_gradient
+
+
+@triton.jit
+def repair_queries(
+    flags, coded_total, q, k, v, grad_out, stats, grad_q, spans, coded_sizes, rules, scoring, operands,
+    MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """dQ of the marked tiles, and their marks cleared; tiles are numbered as `tiles.locate` numbers programs."""
+    for pid in range(tl.program_id(0), tiles.decoded(coded_total), tl.num_programs(0)):
+        if tl.load(flags + pid) != 0:
+            query_gradient(
+                pid, q, k, v, grad_out, stats, grad_q, None, spans, coded_sizes, rules, scoring, operands,
+                MODE, STEPS, True,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.store(flags + pid, 0)
+
+
+@triton.jit
+def finish_queries(
+    sums, q, k, v, grad_out, stats, grad_q, spans, coded_sizes, rules, scoring, operands,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of rows from its sums, which lie as `backward_pipeline.add_tile` puts them; tiles with NaN again,
+    if their keys are masked."""
+    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    pid = tl.program_id(0)
+    sizes = tiles.sizes_of(coded_sizes)
+    h, b, place, tile, _ = query_tile(pid, spans, sizes, rules, MODE, STEPS)
+    count = tiles.tile_count(spans.cu_q, sizes.B, sizes.M, BLOCK_M)
+    if spans.cu_q is None:
+        number = (b * sizes.H + h) * count + place.row // BLOCK_M
+    else:
+        number = h * count + place.row // BLOCK_M + tl.load(spans.cu_q + b) // BLOCK_M + b
+    first = tl.cast(number, tl.int64) * (BLOCK_M * WIDTH * CHUNKS)
+    row = tl.arange(0, BLOCK_M)[:, None]
+    col = tl.arange(0, WIDTH)[None, :]
+    # Number (w, c, g, t, r, e) of element (16 w + 8 r + g, 8 c + 2 t + e).
+    at = ((row // 16 * (WIDTH // 8) + col // 8) * 8 + row % 8) * 16 + col % 8 // 2 * 4 + row % 16 // 8 * 2 + col % 2
+    rows = Rows(grad_q, place.batch_q, h, place.start_q)
+    found = False
+    for i in tl.static_range(CHUNKS):
+        dq = tl.load(sums + first + i * BLOCK_M * WIDTH + at) * scoring.scale
+        dq = tl.where((tile.at < tile.M)[:, None], dq, 0.0)
+        tiles.store_columns(rows, place.row, place.stored, i * WIDTH, dq, BLOCK_M, WIDTH)
+        found = found | tiles.any_nan((dq,))
+    if len(STEPS.KEYS) > 0 or spans.cu_k is not None or spans.used_k is not None:
+        # NaN here may come from a key that no row of the tile sees.
+        if found:
+            # Other threads stored these elements first: without a barrier theirs may land last.
+            tl.debug_barrier()
+            query_gradient(
+                pid + tl.minimum(pid, 0), q, k, v, grad_out, stats, grad_q, None, spans, coded_sizes, rules, scoring,
+                operands, MODE, STEPS, True,
+            )  # fmt: skip
