@@ -240,7 +240,7 @@ def backward_fused(
     masked = bands.masked_tiles(span, BLOCK_M)
     count = masked + (span.full_stop - span.full_start) // BLOCK_M
     total = count * sizes.group
-    # Of keys past the end, whose score is 0, no weight may reach dQ: where a row's lse is far below 0 it would overflow,
+    # No weight of keys past the end, whose score is 0, may reach dQ: where a row's lse is far below 0 it overflows,
     # and 0 times an infinity is NaN.
     ragged = place.n0 + BLOCK_N > place.N
     hi = gl.where(n < place.N, hi, lo)
