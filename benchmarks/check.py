@@ -75,6 +75,10 @@ def results(provider: Provider, shape: Shape, sample: Sample) -> Results:
     return {"out": out.detach(), **dict(zip(inputs.leaves, gradients, strict=True))}
 
 
+# A peer is refused where it computes something else, not where it rounds more: its errors stand in the results.
+PEER_SLACK = 4.0
+
+
 class Reference:
     """Exact results of a shape's slice, and how far plain PyTorch in its dtype is from them."""
 
@@ -98,12 +102,12 @@ class Reference:
             name: relative_error(tensor[self.slice.place(name)], self.exact[name]) for name, tensor in found.items()
         }
 
-    def complaints(self, errors: dict[str, float]) -> list[str]:
-        """What is wrong, in words: an error over twice plain PyTorch's plus rounding, or NaN."""
+    def complaints(self, errors: dict[str, float], slack: float = 1.0) -> list[str]:
+        """What is wrong, in words: an error over `slack` times twice plain PyTorch's plus rounding, or NaN."""
         return [
-            f"{name} is off by {error:.1e} > {self.bounds[name]:.1e}"
+            f"{name} is off by {error:.1e} > {slack * self.bounds[name]:.1e}"
             for name, error in errors.items()
-            if not error <= self.bounds[name]
+            if not error <= slack * self.bounds[name]
         ]
 
 

@@ -125,6 +125,8 @@ def test_reference_agrees_and_notices(name: str) -> None:
     found = check.results(provider, case, sample)
     assert set(found) == {"out", *sample.inputs.leaves}
     assert reference.complaints(reference.errors(found)) == []
+    rounded = {name: 2 * bound for name, bound in reference.bounds.items()}
+    assert len(reference.complaints(rounded)) == len(rounded) and not reference.complaints(rounded, check.PEER_SLACK)
     found["key"] = found["key"] * 1.1
     (complaint,) = reference.complaints(reference.errors(found))
     assert complaint.startswith("key is off by ")

@@ -145,6 +145,7 @@ def posed(call: Call, direction: str, arch: str) -> tuple[Any, problem.Problem, 
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"mask": "window(9, 0) @ bottom-right", "D": 128},
+    "wide": {"D": 256},
     "fp32": {"dtype": torch.float32, "D": 40},
     "bias": {"bias": torch.randn(4, 96, 96).half()},
     "dense": {"dense": torch.rand(96, 96) > 0.5},

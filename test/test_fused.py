@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_hopper import instructions
 
-from torch_flash2 import dispatch
+from torch_flash2 import dispatch, oracle
 from torch_flash2.testing import Case, check
 
 pytest.importorskip("triton")
@@ -93,6 +93,21 @@ GPU_CASES = [
 ]
 
 
+class FarBelow(Case):
+    """Every score near -40: the lse is far below 0, and a key past the end, of score 0, would outweigh all."""
+
+    def inputs(self, device: str | torch.device = "cpu", seed: int = 0) -> oracle.Inputs:
+        inputs = super().inputs(device, seed)
+        sign = torch.ones(self.head_dim, device=device, dtype=inputs.query.dtype)
+        query, key = (0.1 * tensor + s * 1.6 * sign for tensor, s in ((inputs.query, 1), (inputs.key, -1)))
+        return inputs._replace(query=query, key=key)
+
+
+PACKED: dict[str, Any] = dict(lengths="packed", documents=(1.0, 0.3))
+GPU_CASES += [
+    FarBelow("far-below", 2, 4, 2, 200, 333, 256, 256, "fp16"),
+    FarBelow("far-below-packed", 2, 4, 2, 200, 300, 128, 128, "fp16", **PACKED),
+]
 LEAKS = (
     dict(mask="causal"),
     dict(mask="window(5, 9)"),

@@ -18,6 +18,7 @@ import triton
 from ...problem import Call, Problem
 from ..bundles import Strided, coded
 from ..triton import launching, recording
+from . import calls
 from .calls import descriptor, hides, swizzle
 from .calls import why_not as why_not
 from .forward_kernel import attention_forward
@@ -35,6 +36,11 @@ class Config(NamedTuple):
     WIDTH_V: int
     TURNS: bool
     LATE: bool
+
+
+def why_not(problem: Problem) -> Iterator[str]:
+    """Why this kernel cannot run the problem."""
+    yield from calls.why_not(problem)
 
 
 def rather_not(problem: Problem) -> Iterator[str]:

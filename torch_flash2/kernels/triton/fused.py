@@ -189,8 +189,8 @@ def _step(i, total, count, masked, span, group, hk, SHAPE: gl.constexpr):
     j = i
     h = hk
     if SHAPE.GROUPED:
-        j = i % count
-        h = hk * group + i // count
+        j = i % gl.maximum(count, 1)
+        h = hk * group + i // gl.maximum(count, 1)
     free = span.full_start + (j - masked) * SHAPE.BLOCK_M
     m0 = gl.where(j < masked, bands.masked_tile(span, j, SHAPE.BLOCK_M), free)
     return h, m0, j < masked
@@ -240,6 +240,10 @@ def backward_fused(
     masked = bands.masked_tiles(span, BLOCK_M)
     count = masked + (span.full_stop - span.full_start) // BLOCK_M
     total = count * sizes.group
+    # No weight of keys past the end, whose score is 0, may reach dQ: where a row's lse is far below 0 it overflows,
+    # and 0 times an infinity is NaN.
+    ragged = place.n0 + BLOCK_N > place.N
+    hi = gl.where(n < place.N, hi, lo)
 
     # The key and value tiles stay; queries and output gradients stream past, head after head of the group.
     keys = _buffers(DTYPE, CHUNKS_D, 1, BLOCK_N)
@@ -282,11 +286,11 @@ def backward_fused(
         inside = (m < place.M)[None, :] & (n < place.N)[:, None]
         s, slope = score_gradient(s, m[None, :], n[:, None], shift, inside, head, STEPS)
         p = gl.exp2(s * scoring.scale2 - lse2[None, :])
-        if has_mask:
+        if has_mask | ragged:
             p = gl.where((m[None, :] < hi[:, None]) & (m[None, :] >= lo[:, None]), p, 0.0)
         dp = _dot_chunks(values, upstream, slot, BLOCK_N, BLOCK_M, S)
         ds = p * (dp - delta[None, :]) * slope
-        if has_mask:
+        if has_mask | ragged:
             # A masked value may be NaN, and 0 * NaN is NaN.
             ds = gl.where(p == 0.0, 0.0, ds)
         p_buffer.store(p.to(DTYPE))
