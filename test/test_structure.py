@@ -36,7 +36,7 @@ LAYERS = (
     ("dispatch", "flops", "checks"),
     ("kernels",),
     # What launches of Triton and of Gluon kernels share.
-    ("kernels.triton.launching", "kernels.triton.recording", "kernels.triton.tables"),
+    ("kernels.triton.launching", "kernels.triton.recording", "kernels.triton.splitting", "kernels.triton.tables"),
     ("kernels.device",),
     ("kernels.bundles",),
     ("problem",),
