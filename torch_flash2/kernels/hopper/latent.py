@@ -29,6 +29,8 @@ class Config(NamedTuple):
     """The kernel has one configuration: what it keeps in shared memory leaves no choice."""
 
     STAGES: int = STAGES
+    HOLD: bool = False
+    AHEAD: int = 0
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -81,6 +83,8 @@ def shape(problem: Problem, config: Config) -> Shape:
         math.gcd(page, KEYS.value),
         problem.mask.bounds_left,
         problem.mask.align == "bottom-right",
+        config.HOLD,
+        config.AHEAD,
     )
 
 
@@ -100,7 +104,8 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     spans, sizes, rules, scoring, operands = launching.bundle(problem, call)
     numbers = shape(problem, config)
     arguments = (
-        Strided.of(call.query), descriptor(key_value(call)[0], numbers.BOX), Strided.of(out), lse, splits, spans,
+        Strided.of(call.query), descriptor(key_value(call)[0], numbers.BOX),
+        Strided.of(key_value(call)[0]), Strided.of(out), lse, splits, spans,
         sizes, rules, scoring, operands.sinks, numbers, launching.steps(problem),
     )  # fmt: skip
     programs = splitting.programs(problem, ROWS.value) * count

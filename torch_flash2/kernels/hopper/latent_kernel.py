@@ -49,6 +49,8 @@ class Shape(NamedTuple):
     BOX: int
     LEFT: bool
     BOTTOM_RIGHT: bool
+    HOLD: bool = False
+    AHEAD: int = 0
     CHUNKS_V: int = 2
     WIDTH_V: int = 128
 
@@ -97,6 +99,7 @@ class Buffers(NamedTuple):
     free: Any
     p_filled: Any
     p_free: Any
+    scored: Any
 
 
 @gluon.constexpr_function
@@ -225,7 +228,27 @@ def _load_piece(k, pages, n0, j, buffers, part, PIECE: gl.constexpr, SHAPE: gl.c
 
 
 @gluon.jit
-def _load_keys(k, paging, buffers, part, SHAPE: gl.constexpr):
+def _prefetch(plain, paging, part, n0, SHAPE: gl.constexpr):
+    """Ask for the tile of keys at n0 to come into L2."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    n = n0 + gl.arange(0, KEYS, layout=L)
+    inside = n < part.used_k
+    n = gl.minimum(n, part.used_k - 1)
+    if SHAPE.PAGE > 0:
+        table = paging.table + gl.cast(part.b, gl.int64) * tiles.decoded(paging.row)
+        page = gl.load(table + n // SHAPE.PAGE)
+        page = gl.minimum(gl.maximum(page, 0), tiles.decoded(paging.pages) - 1)
+        n = n % SHAPE.PAGE
+        batch = page.to(gl.int64) * plain.batch
+    else:
+        batch = gl.cast(part.b, gl.int64) * plain.batch
+    at = plain.ptr + (batch + n.to(gl.int64) * plain.row + gl.cast(part.hk, gl.int64) * plain.head)
+    ASM: gl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(ASM, "=r,l", [at.to(gl.int64, bitcast=True)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _load_keys(k, plain, paging, buffers, part, SHAPE: gl.constexpr):
     """Load the program's tiles of keys, part by part as buffers come free."""
     # Page numbers are loaded a tile ahead, so that the loads of keys need not wait for them.
     pages = _pages(paging, part, part.start, SHAPE)
@@ -234,6 +257,9 @@ def _load_keys(k, paging, buffers, part, SHAPE: gl.constexpr):
         following = _pages(paging, part, n0 + KEYS, SHAPE)
         for piece in gl.static_range(PARTS):
             _load_piece(k, pages, n0, j, buffers, part, piece, SHAPE)
+        if SHAPE.AHEAD > 0:
+            if n0 + SHAPE.AHEAD * KEYS < part.start + part.count * KEYS:
+                _prefetch(plain, paging, part, n0 + SHAPE.AHEAD * KEYS, SHAPE)
         pages = following
 
 
@@ -314,7 +340,7 @@ def _hide(s, lo, hi, n0, j, buffers, SHAPE: gl.constexpr):
     at = n0 + gl.arange(0, KEYS, layout=gl.SliceLayout(1, TALL))
     hidden = (at < gl.max(lo, 0)) | (at >= gl.min(hi, 0))
     stage = j % SHAPE.STAGES
-    for c in gl.static_range(VALUE):
+    for c in range(VALUE):
         tile = buffers.k.index(stage * SHAPE.CHUNKS + c)
         value = tile.load(TALL)
         bad = hidden[:, None] & ~(gl.abs(value.to(gl.float32)) < float("inf"))
@@ -357,10 +383,15 @@ def _score(rule, buffers, part, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     _hand_over(p16, decay, buffers, 0)
     acc = _zeros(SHAPE)
     for j in range(1, part.count):
-        s = _query_key(buffers, j, SHAPE)
+        # P V of the last tile goes first: its buffer is free while Q K^T of this one runs.
         acc = _scale_all(acc, decay, SHAPE)
         acc = _weight_value(_as_operand(p16, ACC, DTYPE), buffers, j - 1, acc, 0, SHAPE)
-        s = warpgroup_mma_wait(SHAPE.CHUNKS_V, (s,))
+        s = _query_key(buffers, j, SHAPE)
+        acc = warpgroup_mma_wait(SHAPE.CHUNKS, acc)
+        mbarrier.arrive(buffers.free.index(((j - 1) % SHAPE.STAGES) * PARTS + 2))
+        s = warpgroup_mma_wait(0, (s,))
+        if SHAPE.HOLD:
+            mbarrier.arrive(buffers.scored.index(0))
         if SHAPE.CHUNKS > VALUE:
             mbarrier.arrive(buffers.free.index((j % SHAPE.STAGES) * PARTS))
         n0 = part.start + j * KEYS
@@ -376,8 +407,8 @@ def _score(rule, buffers, part, SHAPE: gl.constexpr, STEPS: gl.constexpr):
         row_max = new_max
         p16 = p.to(DTYPE)
         _hand_over(p16, decay, buffers, j)
-        acc = _landed(acc, SHAPE)
-        mbarrier.arrive(buffers.free.index(((j - 1) % SHAPE.STAGES) * PARTS + 2))
+    if SHAPE.HOLD:
+        mbarrier.arrive(buffers.scored.index(0))
     acc = _scale_all(acc, decay, SHAPE)
     acc = _weight_value(_as_operand(p16, ACC, DTYPE), buffers, part.count - 1, acc, 0, SHAPE)
     acc = _landed(acc, SHAPE)
@@ -402,6 +433,8 @@ def _weigh(rule, buffers, part, SHAPE: gl.constexpr):
         stage = j % SHAPE.STAGES
         mbarrier.wait(buffers.p_filled.index(0), j & 1)
         acc = _scale_all(acc, buffers.factor.load(L), SHAPE)
+        if SHAPE.HOLD:
+            mbarrier.wait(buffers.scored.index(0), j & 1)
         mbarrier.wait(buffers.filled.index(stage * PARTS + 1), (j // SHAPE.STAGES) & 1)
         acc = _landed(_weight_value(buffers.p, buffers, j, acc, 1, SHAPE), SHAPE)
         mbarrier.arrive(buffers.p_free.index(0))
@@ -479,7 +512,7 @@ def _store_nothing(rule, part, SHAPE: gl.constexpr):
 
 @gluon.jit
 def attention_latent(
-    q, k, out, lse, splits, spans, coded_sizes, rules, scoring, sinks, SHAPE: gl.constexpr, STEPS: gl.constexpr
+    q, k, plain, out, lse, splits, spans, coded_sizes, rules, scoring, sinks, SHAPE: gl.constexpr, STEPS: gl.constexpr
 ):
     """One split of a tile of packed rows: out and lse, or the split's part of them where there are several."""
     CHUNKS: gl.constexpr = SHAPE.CHUNKS
@@ -498,16 +531,17 @@ def attention_latent(
             _barriers(STAGES * PARTS),
             _barriers(1),
             _barriers(1),
+            _barriers(1),
         )
         fence_async_shared()
         gl.warp_specialize(
             [
                 (_score, (rule, buffers, part, SHAPE, STEPS)),
                 (_weigh, (rule, buffers, part, SHAPE)),
-                (_load_keys, (k, spans.paging, buffers, part, SHAPE)),
+                (_load_keys, (k, plain, spans.paging, buffers, part, SHAPE)),
             ],
             [4, 1],
-            [240, 24],
+            [208, 56],
         )
     else:
         _store_nothing(rule, part, SHAPE)
