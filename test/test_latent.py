@@ -80,7 +80,7 @@ def test_main_loops(how: dict[str, Any]) -> None:
 
 
 # Addresses of shared memory, which the loop's products take from the stack.
-MOST_READ = 48
+MOST_READ = 32
 
 
 @pytest.mark.compile

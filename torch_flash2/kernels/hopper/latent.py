@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,15 +21,6 @@ from .latent_kernel import KEYS, ROWS, WIDTH, Shape, attention_latent
 VALUE_DIM = 512
 # The most columns beside the value's: queries, two tiles of keys and P just fit into shared memory.
 REST = 64
-STAGES = 2
-
-
-class Config(NamedTuple):
-    """The kernel has one configuration: what it keeps in shared memory leaves no choice."""
-
-    STAGES: int = STAGES
-    HOLD: bool = False
-    AHEAD: int = 0
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -63,28 +53,24 @@ def why_not(problem: Problem) -> Iterator[str]:
         yield "it has no dropout"
 
 
-def config(problem: Problem) -> Config:
-    """The configuration."""
-    return Config()
+def config(problem: Problem) -> None:
+    """It has one way to run: what it keeps in shared memory leaves no choice."""
 
 
-def candidates(problem: Problem) -> Iterator[Config]:
-    """Configurations worth measuring."""
-    yield Config()
+def candidates(problem: Problem) -> Iterator[None]:
+    """Configurations worth measuring: there is nothing to choose."""
+    yield None
 
 
-def shape(problem: Problem, config: Config) -> Shape:
+def shape(problem: Problem) -> Shape:
     """The compile-time numbers of a launch."""
     page = problem.page_size or 0
     return Shape(
-        config.STAGES,
         triton.cdiv(problem.head_dim, WIDTH.value),
         page,
         math.gcd(page, KEYS.value),
         problem.mask.bounds_left,
         problem.mask.align == "bottom-right",
-        config.HOLD,
-        config.AHEAD,
     )
 
 
@@ -94,7 +80,7 @@ def descriptor(key: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(key, list(key.shape), launching.tma_strides(key), [1, 1, rows, WIDTH.value], layout)
 
 
-def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(problem: Problem, config: None, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Run it: out [B, H, M, Dv] in the query's dtype, laid out in memory as the query; lse fp32 [B, H, M]."""
     out, lse = launching.outputs(call)
     if problem.batch == 0 or 0 in call.query.shape or stored_keys(call) == 0:
@@ -102,10 +88,9 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     tile_bytes = KEYS.value * problem.head_dim * problem.dtype.itemsize
     splits, count = splitting.prepare(problem, splitting.Work(ROWS.value, KEYS.value, tile_bytes, 1), call, lse)
     spans, sizes, rules, scoring, operands = launching.bundle(problem, call)
-    numbers = shape(problem, config)
+    numbers = shape(problem)
     arguments = (
-        Strided.of(call.query), descriptor(key_value(call)[0], numbers.BOX),
-        Strided.of(key_value(call)[0]), Strided.of(out), lse, splits, spans,
+        Strided.of(call.query), descriptor(key_value(call)[0], numbers.BOX), Strided.of(out), lse, splits, spans,
         sizes, rules, scoring, operands.sinks, numbers, launching.steps(problem),
     )  # fmt: skip
     programs = splitting.programs(problem, ROWS.value) * count

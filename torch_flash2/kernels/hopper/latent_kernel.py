@@ -4,8 +4,9 @@ B segments, H query heads, G key heads, M query rows, N keys, D head dim of quer
 A program has 64 of the H / G * M packed query rows (as in the portable decode kernel) and a split of a segment's keys.
 One warp loads tiles of 64 keys by TMA, once for both products, in chunks of 64 columns. One warpgroup multiplies
 queries and keys and does the softmax; it multiplies P, from registers, with the value's columns 0 .. 256, the other one
-P from shared memory with columns 256 .. 512 (as FlashMLA and FlashAttention-3 divide them). Q K^T of the next tile is
-issued before P V of this one.
+P from shared memory with columns 256 .. 512 (as FlashMLA and FlashAttention-3 divide them). P V of a tile is issued
+before Q K^T of the next one, so that the next tile but one can be loaded meanwhile: with room for two, loads are what
+the products wait for.
 """
 
 from __future__ import annotations
@@ -33,24 +34,23 @@ KEYS = gl.constexpr(64)
 WIDTH = gl.constexpr(64)
 VALUE = gl.constexpr(8)
 HALF = gl.constexpr(4)
+# Tiles of keys that shared memory holds beside the queries.
+STAGES = gl.constexpr(2)
 # The parts of a tile of keys that are loaded and given back each on its own, in the order in which they come free:
 # columns beside the value, the second warpgroup's half of the value, the first one's.
 PARTS = gl.constexpr(3)
 
 
 class Shape(NamedTuple):
-    """Compile-time numbers: buffers of tiles of keys; chunks of D; the page size, 0 where keys are not paged, and how
-    many keys a TMA load has; whether the bands bound keys on the left, alignment; how many tiles of columns a
-    warpgroup's part of the value has, and their width."""
+    """Compile-time numbers: chunks of D; the page size, 0 where keys are not paged, and how many keys a TMA load has;
+    whether the bands bound keys on the left, alignment; how many tiles of columns a warpgroup's part of the value has,
+    and their width."""
 
-    STAGES: int
     CHUNKS: int
     PAGE: int
     BOX: int
     LEFT: bool
     BOTTOM_RIGHT: bool
-    HOLD: bool = False
-    AHEAD: int = 0
     CHUNKS_V: int = 2
     WIDTH_V: int = 128
 
@@ -99,7 +99,6 @@ class Buffers(NamedTuple):
     free: Any
     p_filled: Any
     p_free: Any
-    scored: Any
 
 
 @gluon.constexpr_function
@@ -207,7 +206,6 @@ def _pages(paging, part, n0, SHAPE: gl.constexpr):
 def _load_piece(k, pages, n0, j, buffers, part, PIECE: gl.constexpr, SHAPE: gl.constexpr):
     """Load a part of the j-th tile of keys, which starts at n0, once its buffer is free."""
     DTYPE: gl.constexpr = k.dtype
-    STAGES: gl.constexpr = SHAPE.STAGES
     BOX: gl.constexpr = SHAPE.BOX
     BOXES: gl.constexpr = KEYS // BOX
     COUNT: gl.constexpr = _chunks(PIECE, SHAPE.CHUNKS)
@@ -228,27 +226,7 @@ def _load_piece(k, pages, n0, j, buffers, part, PIECE: gl.constexpr, SHAPE: gl.c
 
 
 @gluon.jit
-def _prefetch(plain, paging, part, n0, SHAPE: gl.constexpr):
-    """Ask for the tile of keys at n0 to come into L2."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    n = n0 + gl.arange(0, KEYS, layout=L)
-    inside = n < part.used_k
-    n = gl.minimum(n, part.used_k - 1)
-    if SHAPE.PAGE > 0:
-        table = paging.table + gl.cast(part.b, gl.int64) * tiles.decoded(paging.row)
-        page = gl.load(table + n // SHAPE.PAGE)
-        page = gl.minimum(gl.maximum(page, 0), tiles.decoded(paging.pages) - 1)
-        n = n % SHAPE.PAGE
-        batch = page.to(gl.int64) * plain.batch
-    else:
-        batch = gl.cast(part.b, gl.int64) * plain.batch
-    at = plain.ptr + (batch + n.to(gl.int64) * plain.row + gl.cast(part.hk, gl.int64) * plain.head)
-    ASM: gl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;"
-    gl.inline_asm_elementwise(ASM, "=r,l", [at.to(gl.int64, bitcast=True)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_keys(k, plain, paging, buffers, part, SHAPE: gl.constexpr):
+def _load_keys(k, paging, buffers, part, SHAPE: gl.constexpr):
     """Load the program's tiles of keys, part by part as buffers come free."""
     # Page numbers are loaded a tile ahead, so that the loads of keys need not wait for them.
     pages = _pages(paging, part, part.start, SHAPE)
@@ -257,9 +235,6 @@ def _load_keys(k, plain, paging, buffers, part, SHAPE: gl.constexpr):
         following = _pages(paging, part, n0 + KEYS, SHAPE)
         for piece in gl.static_range(PARTS):
             _load_piece(k, pages, n0, j, buffers, part, piece, SHAPE)
-        if SHAPE.AHEAD > 0:
-            if n0 + SHAPE.AHEAD * KEYS < part.start + part.count * KEYS:
-                _prefetch(plain, paging, part, n0 + SHAPE.AHEAD * KEYS, SHAPE)
         pages = following
 
 
@@ -289,9 +264,9 @@ def _query_key_piece(s, buffers, j, PIECE: gl.constexpr, SHAPE: gl.constexpr):
     COUNT: gl.constexpr = _chunks(PIECE, SHAPE.CHUNKS)
     FIRST: gl.constexpr = _first(PIECE)
     START: gl.constexpr = 0 if SHAPE.CHUNKS > VALUE else 1
-    stage = j % SHAPE.STAGES
+    stage = j % STAGES
     if COUNT > 0:
-        mbarrier.wait(buffers.filled.index(stage * PARTS + PIECE), (j // SHAPE.STAGES) & 1)
+        mbarrier.wait(buffers.filled.index(stage * PARTS + PIECE), (j // STAGES) & 1)
     for c in gl.static_range(COUNT):
         k = buffers.k.index(stage * SHAPE.CHUNKS + FIRST + c).permute((1, 0))
         s = warpgroup_mma(buffers.q.index(FIRST + c), k, s, use_acc=PIECE > START or c > 0, is_async=True)
@@ -315,7 +290,7 @@ def _weight_value(p, buffers, j, acc, WG: gl.constexpr, SHAPE: gl.constexpr):
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     WIDE: gl.constexpr = SHAPE.WIDTH_V
     STEP: gl.constexpr = WIDE // WIDTH
-    first = (j % SHAPE.STAGES) * SHAPE.CHUNKS + WG * HALF
+    first = (j % STAGES) * SHAPE.CHUNKS + WG * HALF
     result = ()
     for c in gl.static_range(CHUNKS_V):
         v = buffers.k.index(first + c * STEP)._reinterpret(DTYPE, [KEYS, WIDE], matrix(WIDE, 2))
@@ -339,7 +314,7 @@ def _hide(s, lo, hi, n0, j, buffers, SHAPE: gl.constexpr):
         visible = visible & (n[None, :] >= lo[:, None])
     at = n0 + gl.arange(0, KEYS, layout=gl.SliceLayout(1, TALL))
     hidden = (at < gl.max(lo, 0)) | (at >= gl.min(hi, 0))
-    stage = j % SHAPE.STAGES
+    stage = j % STAGES
     for c in range(VALUE):
         tile = buffers.k.index(stage * SHAPE.CHUNKS + c)
         value = tile.load(TALL)
@@ -388,12 +363,10 @@ def _score(rule, buffers, part, SHAPE: gl.constexpr, STEPS: gl.constexpr):
         acc = _weight_value(_as_operand(p16, ACC, DTYPE), buffers, j - 1, acc, 0, SHAPE)
         s = _query_key(buffers, j, SHAPE)
         acc = warpgroup_mma_wait(SHAPE.CHUNKS, acc)
-        mbarrier.arrive(buffers.free.index(((j - 1) % SHAPE.STAGES) * PARTS + 2))
+        mbarrier.arrive(buffers.free.index(((j - 1) % STAGES) * PARTS + 2))
         s = warpgroup_mma_wait(0, (s,))
-        if SHAPE.HOLD:
-            mbarrier.arrive(buffers.scored.index(0))
         if SHAPE.CHUNKS > VALUE:
-            mbarrier.arrive(buffers.free.index((j % SHAPE.STAGES) * PARTS))
+            mbarrier.arrive(buffers.free.index((j % STAGES) * PARTS))
         n0 = part.start + j * KEYS
         if (n0 < part.full_start) | (n0 >= part.full_stop):
             s = _hide(s, lo, hi, n0, j, buffers, SHAPE)
@@ -407,8 +380,6 @@ def _score(rule, buffers, part, SHAPE: gl.constexpr, STEPS: gl.constexpr):
         row_max = new_max
         p16 = p.to(DTYPE)
         _hand_over(p16, decay, buffers, j)
-    if SHAPE.HOLD:
-        mbarrier.arrive(buffers.scored.index(0))
     acc = _scale_all(acc, decay, SHAPE)
     acc = _weight_value(_as_operand(p16, ACC, DTYPE), buffers, part.count - 1, acc, 0, SHAPE)
     acc = _landed(acc, SHAPE)
@@ -430,12 +401,10 @@ def _weigh(rule, buffers, part, SHAPE: gl.constexpr):
     _load_queries(rule, buffers, part, SHAPE)
     acc = _zeros(SHAPE)
     for j in range(part.count):
-        stage = j % SHAPE.STAGES
+        stage = j % STAGES
         mbarrier.wait(buffers.p_filled.index(0), j & 1)
         acc = _scale_all(acc, buffers.factor.load(L), SHAPE)
-        if SHAPE.HOLD:
-            mbarrier.wait(buffers.scored.index(0), j & 1)
-        mbarrier.wait(buffers.filled.index(stage * PARTS + 1), (j // SHAPE.STAGES) & 1)
+        mbarrier.wait(buffers.filled.index(stage * PARTS + 1), (j // STAGES) & 1)
         acc = _landed(_weight_value(buffers.p, buffers, j, acc, 1, SHAPE), SHAPE)
         mbarrier.arrive(buffers.p_free.index(0))
         mbarrier.arrive(buffers.free.index(stage * PARTS + 1))
@@ -512,11 +481,10 @@ def _store_nothing(rule, part, SHAPE: gl.constexpr):
 
 @gluon.jit
 def attention_latent(
-    q, k, plain, out, lse, splits, spans, coded_sizes, rules, scoring, sinks, SHAPE: gl.constexpr, STEPS: gl.constexpr
+    q, k, out, lse, splits, spans, coded_sizes, rules, scoring, sinks, SHAPE: gl.constexpr, STEPS: gl.constexpr
 ):
     """One split of a tile of packed rows: out and lse, or the split's part of them where there are several."""
     CHUNKS: gl.constexpr = SHAPE.CHUNKS
-    STAGES: gl.constexpr = SHAPE.STAGES
     DTYPE: gl.constexpr = k.dtype
     rule = Rule(q, out, lse, splits, tiles.sizes_of(coded_sizes), rules, scoring, sinks)
     part = _find_part(spans, rule, SHAPE, STEPS)
@@ -531,14 +499,13 @@ def attention_latent(
             _barriers(STAGES * PARTS),
             _barriers(1),
             _barriers(1),
-            _barriers(1),
         )
         fence_async_shared()
         gl.warp_specialize(
             [
                 (_score, (rule, buffers, part, SHAPE, STEPS)),
                 (_weigh, (rule, buffers, part, SHAPE)),
-                (_load_keys, (k, plain, spans.paging, buffers, part, SHAPE)),
+                (_load_keys, (k, spans.paging, buffers, part, SHAPE)),
             ],
             [4, 1],
             [208, 56],

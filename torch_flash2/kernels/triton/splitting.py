@@ -165,7 +165,7 @@ def choose(problem: Problem, work: Work, keys: int) -> Splits:
         waves = 1
     most = min(most, triton.cdiv(min(problem.batch, 3) * slots * waves, grid))
     wanted = slots * waves * problem.batch // grid
-    if 2 * wanted < 5 * problem.batch:
+    if 2 * wanted < 5 * problem.batch and 2 * grid > slots:
         # The segments alone keep the multiprocessors busy.
         return Splits(coded(1), coded(LEAST_TILES))
     return Splits(coded(most), coded(LEAST_TILES), coded(wanted), coded(reach))
