@@ -116,16 +116,18 @@ def test_refused(changes: dict[str, Any], reason: str) -> None:
 
 # On a GPU.
 
+# Each with the page sizes that it runs with, None for keys that are not paged.
 CASES = (
-    Case("deepseek", 4, 128, 1, 1, 3000, 576, 512, "bf16", "causal @ bottom-right", layout="bshd", lengths="padded_k",
-         documents=(1.0,) * 4, documents_k=(1.0, 0.0, 0.001, 0.683)),
-    Case("speculative", 3, 128, 1, 3, 1000, 576, 512, "bf16", "causal @ bottom-right", sinks=True, lengths="padded",
-         documents=(1.0, 0.4, 1.0), documents_k=(1.0, 0.3, 0.0)),
-    Case("shared-by-tensors", 2, 16, 1, 1, 5000, 576, 512, "bf16", layout="bshd"),
-    Case("two-heads", 2, 40, 2, 4, 700, 544, 512, "fp16", "window(300, 0) @ bottom-right"),
-    Case("chunks", 2, 24, 1, 5, 900, 512, 512, "bf16", "causal & chunk(128) @ bottom-right"),
-    Case("prefill", 2, 8, 1, 300, 400, 576, 512, "fp16", "causal @ bottom-right"),
+    (Case("deepseek", 4, 128, 1, 1, 3000, 576, 512, "bf16", "causal @ bottom-right", layout="bshd", lengths="padded_k",
+          documents=(1.0,) * 4, documents_k=(1.0, 0.0, 0.001, 0.683)), (None, 64, 16)),
+    (Case("speculative", 3, 128, 1, 3, 1000, 576, 512, "bf16", "causal @ bottom-right", sinks=True, lengths="padded",
+          documents=(1.0, 0.4, 1.0), documents_k=(1.0, 0.3, 0.0)), (64, 160)),
+    (Case("shared-by-tensors", 2, 16, 1, 1, 5000, 576, 512, "bf16", layout="bshd"), (None, 64)),
+    (Case("two-heads", 2, 40, 2, 4, 700, 544, 512, "fp16", "window(300, 0) @ bottom-right"), (None, 16)),
+    (Case("chunks", 2, 24, 1, 5, 900, 512, 512, "bf16", "causal & chunk(128) @ bottom-right"), (160,)),
+    (Case("prefill", 2, 8, 1, 300, 400, 576, 512, "fp16", "causal @ bottom-right"), (None, 64)),
 )  # fmt: skip
+PAIRS = [(case, page) for case, pages in CASES for page in pages]
 
 
 def run(
@@ -151,8 +153,7 @@ def latent(case: Case) -> oracle.Inputs:
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("page", [None, 16, 64, 160])
+@pytest.mark.parametrize(("case", "page"), PAIRS, ids=[f"{case.name}-{page}" for case, page in PAIRS])
 def test_against_math(case: Case, page: int | None) -> None:
     inputs = latent(case)
     shape = (case.batch, case.heads, case.seqlen_q)
@@ -170,7 +171,7 @@ def test_against_math(case: Case, page: int | None) -> None:
 @pytest.mark.gpu
 @hopper
 def test_it_is_chosen() -> None:
-    inputs = latent(CASES[0])
+    inputs = latent(CASES[0][0])
     plan = torch_flash2.explain(*inputs.arguments, **inputs.keywords, needs_grad=False)
     assert "runs on latent" in str(plan)
     capped = torch_flash2.explain(*inputs.arguments, **{**inputs.keywords, "softcap": 3.0}, needs_grad=False)
