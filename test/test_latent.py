@@ -114,6 +114,20 @@ def test_refused(changes: dict[str, Any], reason: str) -> None:
     assert dispatch.why_not("latent", dataclasses.replace(POSED, **changes)) == (reason,)
 
 
+def test_segments_alone_fill_the_gpu_or_are_split() -> None:
+    """128 heads are two tiles of rows, 64 segments then keep 128 multiprocessors busy; 16 heads would keep 64."""
+    pytest.importorskip("triton")
+    from torch_flash2.kernels.triton import splitting
+
+    def splits(heads: int) -> int:
+        chosen = splitting.choose(
+            dataclasses.replace(POSED, heads=heads), splitting.Work(64, 64, 64 * 576 * 2, 1), 8192
+        )
+        return (chosen.count - 3) // 2
+
+    assert splits(128) == 1 and splits(16) > 1
+
+
 # On a GPU.
 
 # Each with the page sizes that it runs with, None for keys that are not paged.
