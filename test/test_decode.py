@@ -273,12 +273,12 @@ def test_split_count() -> None:
     """Few segments are split much, many little; never into less than some tiles."""
     pytest.importorskip("triton")
     from torch_flash2 import hardware
-    from torch_flash2.kernels.triton import decode
+    from torch_flash2.kernels.triton import decode, splitting
 
     def count(batch: int, keys: int) -> int:
         gpu = hardware.simulated("sm90")
         posed = problem.Problem("forward", gpu, torch.bfloat16, batch, 32, 8, 1, keys, 128, 128)
-        return (decode.choose_splits(posed, decode.config(posed), keys).count - 3) // 2
+        return (splitting.choose(posed, decode.work(posed, decode.config(posed)), keys).count - 3) // 2
 
     assert count(1, 128 * 1024) >= 16 and count(512, 8192) <= 4
     assert count(1, 100) == 1 and count(1, 512) <= 2
@@ -464,6 +464,6 @@ def test_flops_of_pages() -> None:
 )  # fmt: skip
 def test_reach(mask: str, most: int) -> None:
     pytest.importorskip("triton")
-    from torch_flash2.kernels.triton.decode import _reach
+    from torch_flash2.kernels.triton.splitting import _reach
 
     assert _reach(torch_flash2.masks.parse(mask), 1000) == most

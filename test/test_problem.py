@@ -179,6 +179,7 @@ def test_unsupported() -> None:
         unsupported(lambda: out.sum().backward()),
         """\
 no kernel can run this call: backward on CPU, float32, B=2 H=4/2, M=6 N=24 D=16, mask full, pages of 8
+  latent: it has no backward
   decode: it has no backward
   hopper: it has no backward
   triton: it needs a CUDA GPU, the tensors are on the CPU; it has no backward through pages
@@ -188,7 +189,7 @@ no kernel can run this call: backward on CPU, float32, B=2 H=4/2, M=6 N=24 D=16,
 
 
 def test_force() -> None:
-    known = "known are decode, hopper, triton, cpu, reference"
+    known = "known are latent, decode, hopper, triton, cpu, reference"
     with pytest.raises(ValueError, match=f"no kernel is called 'cuda'; {known}"):
         with torch_flash2.force("cuda"):
             pass
@@ -328,12 +329,14 @@ def test_explain() -> None:
 forward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), softcap, dropout
   runs on cpu
   config: path=tiled, rows=64
+  not latent: it is for Hopper GPUs (compute capability 9.0)
   not decode: it needs a CUDA GPU, the tensors are on the CPU; it has no dropout
   not hopper: it is for Hopper GPUs (compute capability 9.0)
   not triton: it needs a CUDA GPU, the tensors are on the CPU
 backward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), softcap, dropout
   runs on cpu
   config: path=tiled, rows=64
+  not latent: it has no backward
   not decode: it has no backward
   not hopper: it has no backward
   not triton: it needs a CUDA GPU, the tensors are on the CPU

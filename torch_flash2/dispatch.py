@@ -33,6 +33,7 @@ from .problem import Problem
 
 # In order of preference; a kernel is a name and, per direction that it has, a module.
 KERNELS: dict[str, dict[str, str]] = {
+    "latent": {"forward": "kernels.hopper.latent"},
     "decode": {"forward": "kernels.triton.decode"},
     "hopper": {"forward": "kernels.hopper.forward", "backward": "kernels.hopper.backward"},
     "triton": {"forward": "kernels.triton.forward", "backward": "kernels.triton.backward"},
@@ -106,7 +107,7 @@ def force(kernel: str, config: Mapping[str, Any] | None = None) -> Iterator[None
     """Run calls inside the block, and their backward, on one kernel; raise UnsupportedError where it cannot.
 
     Args:
-        kernel: "decode", "hopper", "triton", "cpu" or "reference".
+        kernel: "latent", "decode", "hopper", "triton", "cpu" or "reference".
         config: fields of the kernel's configuration to override, for example {"BLOCK_M": 64}; those that a direction
         does not have
             are left to the other. A compiled function keeps the choice of the moment in which it was traced.

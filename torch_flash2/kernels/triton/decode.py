@@ -1,59 +1,32 @@
 """Decoding: few query rows against many keys, at the memory's speed; Triton, sm80 and up.
 
-B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value,
-S splits.
+B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 The H / G * M query rows that read one key head are packed into tiles (row m * H / G + j is row m of the group's head
 j), and keys are split among programs: each leaves a normalised output and its lse, which a second kernel combines
-(flash-decoding; Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Where the caller gives S,
-how keys are split depends on S and the segment's own length alone: its bits are the same whatever else is in its batch.
+(flash-decoding; Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; see splitting.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ... import masks
-from ...problem import MOST_SPLITS, Call, Problem, key_value, stored_keys
-from ..bundles import Head, Mode, Rows, Sizes, Strided, Tile, coded
+from ...problem import Call, Problem, key_value, stored_keys
+from ..bundles import Head, Mode, Rows, Strided, Tile
 from ..device import bands, scores, tiles
-from . import launching, tables
+from . import launching, splitting, tables
 from .common import attend_carefully, load_and_score, visible_keys
 from .tables import Config
 
 # Query rows from which on the forward's tiles are full enough.
 MOST_ROWS = 16
-# Where the library chooses, a split has at least this many tiles of keys.
-LEAST_TILES = 4
-# What choosing counts with: warps that a multiprocessor holds, and the time to start and end a program, in tiles.
+# Warps that a multiprocessor is taken to hold, where splits are chosen.
 RESIDENT_WARPS = 10
-START_TILES = 2
-# Where lengths differ: waves of programs grow with the root of a multiprocessor's tiles over those of a start, times
-# this, up to a limit.
-STARTS_PER_WAVE = 6
-MOST_WAVES = 8
-
-
-class Splits(NamedTuple):
-    """How many splits a segment has at most, and the least number of tiles in one; all numbers coded as sizes are.
-
-    Where lengths differ, `wanted` splits of all segments together are shared out by length, of which at most `reach`
-    keys of a segment count; None: each segment has `count`. Where there are several, what they leave for
-    `decode_combine`, fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S].
-    """
-
-    count: Any
-    least: Any
-    wanted: Any = None
-    reach: Any = None
-    out: Any = None
-    lse2: Any = None
 
 
 @triton.jit
@@ -88,31 +61,6 @@ def _attend(q, q_rest, keys, keys_rest, values, tile, start, stop, head, MODE: t
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=MODE.PRECISION)
         pages = next_pages
     return acc, row_max, row_sum
-
-
-@triton.jit
-def _all_tiles(used, B, limit, BLOCK: tl.constexpr):
-    """How many tiles of keys all segments have, each at most `limit` keys."""
-    total = tl.zeros([128], tl.int32)
-    for b0 in tl.range(0, B, 128):
-        b = b0 + tl.arange(0, 128)
-        length = tl.load(used + b, mask=b < B, other=0)
-        total += tl.cdiv(tl.minimum(tl.maximum(length, 0), limit), BLOCK)
-    return tl.sum(total)
-
-
-@triton.jit
-def _part(span, index, splits, used, sizes, BLOCK: tl.constexpr):
-    """The keys [start, stop) of a split: equal parts of the span, in whole tiles, of at least `splits.least` tiles."""
-    count = tl.cdiv(span.stop - span.start, BLOCK)
-    parts = tiles.decoded(splits.count)
-    if splits.wanted is not None:
-        limit = tl.minimum(tiles.decoded(splits.reach), sizes.N)
-        part = tl.maximum(tl.cdiv(_all_tiles(used, sizes.B, limit, BLOCK), tiles.decoded(splits.wanted)), 1)
-        parts = tl.minimum(tl.maximum((count + part // 2) // part, 1), parts)
-    part = tl.maximum(tl.cdiv(count, parts), tiles.decoded(splits.least)) * BLOCK
-    start = tl.minimum(span.start + index * part, span.stop)
-    return start, tl.minimum(start + part, span.stop)
 
 
 @triton.jit
@@ -238,7 +186,10 @@ def attention_decode(
     lo, hi = bands.intersect(tl.minimum(m, used_q - 1), used_k, used_q, used_k, shift, rules.numbers, KEYS)
     hi = tl.where(m < used_q, hi, lo)
     span = bands.tile_span(lo, hi, used_k, MODE.BLOCK_N, True)
-    start, stop = _part(span, split, splits, spans.used_k, sizes, MODE.BLOCK_N)
+    total = 0
+    if splits.wanted is not None:
+        total = splitting.all_tiles(spans.used_k, sizes.B, splitting.most_counted(splits, sizes), MODE.BLOCK_N)
+    start, stop = splitting.part_of(span, split, splits, total, MODE.BLOCK_N)
     tile = Tile(m, index, lo, hi, shift, used_q, used_k)
     share = (b, hk, h, stored, split, start, stop)
     scored = (rules, scoring, operands)
@@ -250,48 +201,6 @@ def attention_decode(
         row = (tl.cast(b, tl.int64) * sizes.H + h) * sizes.M + m
         at = splits.lse2 + (row * tiles.decoded(splits.count) + split)
         tl.store(at, tl.full([BLOCK_M], -float("inf"), tl.float32), mask=stored)
-
-
-@triton.jit
-def decode_combine(
-    splits, out, lse_ptr, sinks, coded_sizes, MOST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr
-):  # fmt: skip
-    """One row of out and lse from its splits. A split in which the row sees no key has lse -inf and left no output."""
-    sizes = tiles.sizes_of(coded_sizes)
-    count = tiles.decoded(splits.count)
-    row = tl.program_id(0)
-    m = row % sizes.M
-    h = row // sizes.M % sizes.H
-    b = row // sizes.M // sizes.H
-    first = tl.cast(row, tl.int64) * count
-    s = tl.arange(0, MOST)
-    lse2 = tl.load(splits.lse2 + first + s, mask=s < count, other=-float("inf"))
-    top = tl.max(lse2)
-    sink = -float("inf")
-    if sinks is not None:
-        sink = tl.load(sinks + h).to(tl.float32) * scores.LOG2E
-        top = tl.maximum(top, sink)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse2 - base))
-    stop = tl.max(tl.where(lse2 == -float("inf"), 0, s + 1))
-
-    c = tl.arange(0, BLOCK_DV)
-    s = tl.arange(0, BLOCK_S)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
-    for s0 in tl.range(0, stop, BLOCK_S):
-        own = tl.load(splits.lse2 + first + s0 + s, mask=s0 + s < count, other=-float("inf"))
-        weight = tl.exp2(own - base)
-        inside = (own != -float("inf"))[:, None] & (c < out.cols)[None, :]
-        part = tl.load(splits.out + (first + s0 + s)[:, None] * out.cols + c[None, :], mask=inside, other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
-    none = total == 0.0
-    if sinks is not None:
-        total += tl.exp2(sink - base)
-    acc = tl.where(none, 0.0, acc / tl.where(none, 1.0, total))
-    lse = tl.where(none, -float("inf"), (base + tl.log2(tl.where(none, 1.0, total))) * scores.LN2)
-    tl.store(lse_ptr + row, lse)
-    at = tl.cast(b, tl.int64) * out.batch + tl.cast(h, tl.int64) * out.head + tl.cast(m, tl.int64) * out.row
-    tl.store(out.ptr + (at + c.to(tl.int64) * out.col), acc.to(out.ptr.dtype.element_ty), mask=c < out.cols)
 
 
 def _shared(problem: Problem) -> bool:
@@ -337,94 +246,31 @@ def candidates(problem: Problem) -> Iterator[Config]:
             yield candidate._replace(BLOCK_M=default.BLOCK_M)
 
 
-def _reach(mask: masks.Mask, keys: int) -> int:
-    """The most keys that a row sees."""
-    found, left, right = keys, keys, keys
-    for band in mask.bands:
-        if isinstance(band, masks.Chunk):
-            found = min(found, band.size)
-        elif isinstance(band, masks.Window):
-            left = min(left, keys if band.left is None else band.left)
-            right = min(right, keys if band.right is None else band.right)
-        elif isinstance(band, masks.Causal):
-            right = 0
-    return min(found, left + right + 1)
-
-
-def _programs(problem: Problem, config: Config) -> int:
-    """How many programs one split of every segment takes."""
-    return problem.batch * problem.heads_kv * triton.cdiv(problem.seqlen_q * problem.group, config.BLOCK_M)
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_splits(problem: Problem, config: Config, keys: int) -> Splits:
-    """Splits that keep the GPU's multiprocessors evenly busy with segments of up to that many keys."""
+def work(problem: Problem, config: Config) -> splitting.Work:
+    """What choosing splits counts with."""
     width = problem.head_dim + (0 if _shared(problem) else problem.head_dim_v)
-    held = max(config.num_stages - 1, 1) * config.BLOCK_N * width * problem.dtype.itemsize
+    tile_bytes = config.BLOCK_N * width * problem.dtype.itemsize
+    held = max(config.num_stages - 1, 1) * tile_bytes
     resident = max(1, min(problem.hardware.shared_memory // held, RESIDENT_WARPS // config.num_warps))
-    slots, programs = problem.hardware.multiprocessors * resident, _programs(problem, config)
-    reach = _reach(problem.mask, keys)
-    count = triton.cdiv(reach, config.BLOCK_N)
-    most = min(MOST_SPLITS, max(count // LEAST_TILES, 1))
-    if "used_k" not in problem.lengths:
-        return Splits(coded(_even_splits(programs, slots, count, most)), coded(LEAST_TILES))
-    # Many short splits even out what lengths differ, and each costs a start and an end.
-    part = 2 * config.BLOCK_M * problem.head_dim_v * 4
-    start = START_TILES + part / (config.BLOCK_N * width * problem.dtype.itemsize)
-    waves = min(max(round((programs * count / slots / start / STARTS_PER_WAVE) ** 0.5), 1), MOST_WAVES)
-    if problem.batch == 1:
-        waves = 1
-    most = min(most, triton.cdiv(min(problem.batch, 3) * slots * waves, programs))
-    wanted = slots * waves * problem.batch // programs
-    if 2 * wanted < 5 * problem.batch:
-        # The segments alone keep the multiprocessors busy.
-        return Splits(coded(1), coded(LEAST_TILES))
-    return Splits(coded(most), coded(LEAST_TILES), coded(wanted), coded(reach))
-
-
-def _even_splits(programs: int, slots: int, count: int, most: int) -> int:
-    """How many splits of segments of `count` tiles fill the slots best."""
-
-    def cost(splits: int) -> int:
-        # In tiles of one program: its keys, its start and end, and the second kernel.
-        waves = triton.cdiv(programs * splits, slots)
-        return waves * (triton.cdiv(count, splits) + START_TILES) + (START_TILES if splits > 1 else 0)
-
-    return min(range(1, most + 1), key=cost)
+    return splitting.Work(config.BLOCK_M, config.BLOCK_N, tile_bytes, resident)
 
 
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """Run it: out [B, H, M, Dv] in the query's dtype, laid out in memory as the query; lse fp32 [B, H, M]."""
     out, lse = launching.outputs(call)
-    keys = stored_keys(call)
-    if problem.batch == 0 or 0 in call.query.shape or keys == 0:
+    if problem.batch == 0 or 0 in call.query.shape or stored_keys(call) == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    if call.num_splits is None:
-        splits = choose_splits(problem, config, min(keys, call.max_k or keys))
-    else:
-        splits = Splits(coded(call.num_splits), coded(1))
-    B, H, M, Dv = out.shape
-    count = (splits.count - 3) // 2
-    if count > 1:
-        splits = splits._replace(out=lse.new_empty(B * H * M, count, Dv), lse2=lse.new_empty(B * H * M, count))
+    splits, count = splitting.prepare(problem, work(problem, config), call, lse)
     spans, sizes, rules, scoring, operands = launching.bundle(problem, call)
     arguments = (
         *_tensors(problem, config, call), Strided.of(out), lse, splits, spans, sizes, rules, scoring, operands,
         _mode(problem, config), launching.steps(problem),
     )  # fmt: skip
-    programs = _programs(problem, config) * count
+    programs = splitting.programs(problem, config.BLOCK_M) * count
     launching.launch(attention_decode, programs, call.query.device, arguments, **config.options)
     if count > 1:
-        _combine(splits, out, lse, call, sizes)
+        splitting.combine(splits, out, lse, call, sizes)
     return out, lse
-
-
-def _combine(splits: Splits, out: torch.Tensor, lse: torch.Tensor, call: Call, sizes: Sizes) -> None:
-    block_dv = tables.block_dim(out.shape[3])
-    most = triton.next_power_of_2(splits.lse2.shape[1])
-    block_s = min(max(4096 // block_dv, 1), most)
-    arguments = (splits, Strided.of(out), lse, call.sinks, sizes, most, block_s, block_dv)
-    launching.launch(decode_combine, lse.numel(), call.query.device, arguments, num_warps=4)
 
 
 def _mode(problem: Problem, config: Config) -> Mode:
