@@ -362,7 +362,7 @@ def test_replacements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     later = Replacement("replaced_here", "A.f", twice)
     import replaced_here  # type: ignore[import-not-found]
 
-    assert replaced_here.A.f() == replaced_here.A().f() == 2 and later not in sys.meta_path
+    assert replaced_here.A.f() == replaced_here.A().f() == 2 and "exec_module" not in vars(replaced_here.__loader__)
     at_once = Replacement("replaced_here", "A.f", twice)
     assert replaced_here.A.f() == 4
     # What somebody has replaced since is not ours to put back.

@@ -397,10 +397,29 @@ def test_strict_refuses_nothing_that_always_takes(call: SdpaCall) -> None:
         holds(call)
 
 
+def test_strict_says_why_nothing_can_run_a_call() -> None:
+    """Where "always" leaves the call to PyTorch, with the same reasons."""
+    query, key, value = (t.detach() for t in qkv())
+    with torch_flash2.force("triton"):
+        stock_only(lambda: sdp(query, key, value), "unsupported: triton: it needs a CUDA GPU")
+        with (
+            torch_flash2.enabled("strict", device_type="cpu"),
+            pytest.raises(torch_flash2.UnsupportedError, match="triton: it needs a CUDA GPU"),
+        ):
+            sdp(query, key, value)
+
+
+def test_explain_says_what_is_copied() -> None:
+    query, key, value = (t.detach() for t in qkv(layouts=("bhsd", "strided", "bhsd"), D=16, Dv=16, dtype="fp32"))
+    assert "copies: of query, key and value, those with strides in the head dim" in str(
+        torch_flash2.explain(query, key, value)
+    )
+
+
 def test_explain_says_what_pytorch_would_choose() -> None:
     query, key, value = (t.detach() for t in qkv(N=33))
     text = str(torch_flash2.explain(query, key, value, "causal"))
-    assert "runs on cpu" in text
+    assert "runs on cpu" in text and "config: path=" in text and "not triton: it needs a CUDA GPU" in text
     assert text.endswith(
         "scaled_dot_product_attention would choose FLASH_ATTENTION; enable() leaves such calls: "
         "not measured on CPU, and PyTorch would choose FLASH_ATTENTION, which is fast"

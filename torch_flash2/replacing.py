@@ -1,4 +1,4 @@
-"""Functions in modules of others, replaced: at once, or when the module is imported."""
+"""What is to be done to modules of others, at once or when somebody imports them; and functions of theirs, replaced."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ from types import ModuleType
 from typing import Any
 
 
-class Replacement:
-    """`module`.`path` is `make` of what it was, until `remove`. A module that has no such name is left as it is.
+class WhenImported:
+    """Calls `then` with a module: now where it is imported already, else, standing in sys.meta_path until then, right
+    after it has run."""
 
-    Modules that are not imported yet are not imported for it: this stands in sys.meta_path until somebody does.
-    """
-
-    def __init__(self, module: str, path: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]):
-        self._module, self._path, self._make = module, path, make
-        self._put_back: Callable[[], None] | None = None
-        loaded = sys.modules.get(module)
-        if loaded is None:
-            sys.meta_path.insert(0, self)
+    def __init__(self, module: str, then: Callable[[ModuleType], None]):
+        self._module, self._then = module, then
+        if module in sys.modules:
+            then(sys.modules[module])
         else:
-            self._replace(loaded)
+            sys.meta_path.insert(0, self)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's own spec, whose loader then also replaces."""
+        """The module's own spec, whose loader then also calls."""
         if name != self._module:
             return None
-        sys.meta_path.remove(self)
+        self.cancel()
         spec = importlib.util.find_spec(name)
         loader: Any = None if spec is None else spec.loader
         if loader is not None:
@@ -40,10 +36,27 @@ class Replacement:
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 del loader.exec_module
-                self._replace(module)
+                self._then(module)
 
             loader.exec_module = exec_module
         return spec
+
+    def cancel(self) -> None:
+        """From now on imports are nothing to it."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+class Replacement:
+    """`module`.`path` is `make` of what it was, until `remove`; a module that has no such name is left as it is.
+
+    Modules are not imported for it.
+    """
+
+    def __init__(self, module: str, path: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]):
+        self._path, self._make = path, make
+        self._put_back: Callable[[], None] | None = None
+        self._waiting = WhenImported(module, self._replace)
 
     def _replace(self, module: ModuleType) -> None:
         owner: Any = module
@@ -66,8 +79,7 @@ class Replacement:
 
     def remove(self) -> None:
         """Put back what was there."""
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+        self._waiting.cancel()
         if self._put_back is not None:
             self._put_back()
             self._put_back = None
