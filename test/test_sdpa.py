@@ -55,13 +55,13 @@ def left() -> list[str]:
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """The directions in which the CPU's kernel ran."""
+    """The directions in which the CPU's kernel ran, and with what mask."""
     found: list[str] = []
     kernel = dispatch.kernel("cpu", "forward")
     original = kernel.launch
 
     def launch(problem: Any, *arguments: Any) -> Any:
-        found.append(problem.direction)
+        found.append(f"{problem.direction}, {'dense' if problem.dense else problem.mask}")
         return original(problem, *arguments)
 
     with mock.patch.object(kernel, "launch", launch):
@@ -85,8 +85,9 @@ def test_layout_is_that_of_flash() -> None:
         inputs = [t.detach().permute(*order, 3).contiguous().permute(*order, 3) for t in qkv(N=33)]
         out = sdp(*inputs)
         assert out.stride() == torch.empty_like(inputs[0]).stride()
-        disabled = torch.ops.aten._scaled_dot_product_flash_attention(*inputs) if torch.cuda.is_available() else None
-        assert disabled is None or disabled[0].stride() == out.stride()
+        if torch.cuda.is_available():
+            flash = torch.ops.aten._scaled_dot_product_flash_attention(*(t.half().cuda() for t in inputs))[0]
+            assert flash.stride() == out.stride()
 
 
 def test_dropout_differs_from_call_to_call_and_repeats_under_checkpoint() -> None:
@@ -307,7 +308,7 @@ def test_selective_checkpointing_saves_attention() -> None:
     def counted(**options: Any) -> int:
         with launches() as count:
             checkpoint(block, query, use_reentrant=False, **options).sum().backward()
-        return count.count("forward")
+        return count.count("forward, full")
 
     assert counted() == 2
     assert counted(context_fn=lambda: create_selective_checkpoint_contexts(torch_flash2.sac_ops())) == 1
@@ -382,7 +383,7 @@ def test_inductor_and_attention_written_by_hand(training: bool) -> None:
     with launches() as count, fresh_cache():
         found = torch.compile(by_hand, fullgraph=True)(query, key, value)
     assert counters["inductor"]["fuse_attention"] >= 1
-    assert count == ["forward"] * 2
+    assert count == ["forward, causal", "forward, full"]
     torch.testing.assert_close(found, by_hand(query, key, value))
     if training:
         gradients = torch.autograd.grad(found.sum(), [query, key, value])
@@ -459,7 +460,8 @@ def test_causal_bias(M: int, N: int) -> None:
         with launches() as seen:
             found = sdp(query, key, value, bias)
         torch.testing.assert_close(found, torch_flash2.attention(query, key, value, f"causal @ {align}"))
-        assert found.requires_grad and seen == ["forward"]
+        band = "causal @ bottom-right" if align == "bottom-right" and M != N else "causal"
+        assert found.requires_grad and seen == [f"forward, {band}"]
     assert taken() == 2 and not left()
 
 
@@ -470,8 +472,10 @@ def test_causal_bias_compiled() -> None:
         query, key, value = qkv(M=M, N=N)
         bias = biases(M, N)[1]
         torch_flash2.stats(reset=True)
-        found, wanted = (attend(query, key, value, bias) for attend in (run, sdp))
+        with launches() as seen:
+            found, wanted = (attend(query, key, value, bias) for attend in (run, sdp))
         assert torch_flash2.stats() == {"traced: cpu": 1, "cpu": 1}
+        assert seen == ["forward, causal @ bottom-right"] * 2
         torch.testing.assert_close(found, wanted)
         gradients = [torch.autograd.grad(out.square().sum(), (query, key, value)) for out in (found, wanted)]
         torch.testing.assert_close(*gradients)

@@ -287,14 +287,14 @@ def _causal_bias(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
             and query.shape[-2] == rows
             and key.shape[-2] == keys
         )
-        if ours and not torch.compiler.is_dynamo_compiling():
-            return _lower_right(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
-        if ours and not torch.compiler.is_exporting():
+        if not ours:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if torch.compiler.is_dynamo_compiling():
             found: torch.Tensor = torch.ops.torch_flash2.causal_lower_right(
                 query, key, value, dropout_p, scale, enable_gqa
             )
             return found
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _lower_right(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
 
     return dispatching
 
