@@ -383,7 +383,8 @@ _salt = ""
 def enable(policy: str = "fastest", *, device_type: str | None = None) -> None:
     """From now on scaled_dot_product_attention may run on this library's kernels, in the whole process.
 
-    Every `enable` is undone by one `disable`; the policy of the last one counts. Nothing else of PyTorch changes.
+    Every `enable` is undone by one `disable`; the policy of the last one counts. Nothing else of PyTorch changes but
+    where torch.nn.attention.bias leads its lower-right masks.
     Functions that were compiled before keep what they were compiled with until `torch._dynamo.reset()`; a warning says
     so.
 
