@@ -1,6 +1,7 @@
 """Where taking over scaled_dot_product_attention pays: PyTorch's choice and ours on one call of every class.
 
     python -m benchmarks.sdpa                    # on a GPU: measures, and appends to results/<gpu>/sdpa.csv
+    python -m benchmarks.sdpa --part 2/3         # the second third of it
     python -m benchmarks.sdpa --write            # anywhere: makes torch_flash2/policy.json of all such files
 
 Of a class that was measured at several sizes, the size with the least gain decides.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 import torch_flash2
 from torch_flash2 import policy, stock
@@ -64,8 +66,9 @@ class Point:
             mask = mask.expand(self.B, 1, self.M, self.N).contiguous()
         elif self.found.kind == "bias":
             mask = torch.randn(1, self.H, self.M, self.N, device="cuda", dtype=dtype)
-        causal, p = self.found.kind == "causal", 0.1 if self.found.dropout else 0.0
-        return Sdpa(query, key, value, mask, p, causal, None, self.H != self.G)
+        lower_right, p = self.found.kind == "lower-right", 0.1 if self.found.dropout else 0.0
+        causal = lower_right or self.found.kind == "causal"
+        return Sdpa(query, key, value, mask, p, causal, None, self.H != self.G, lower_right)
 
 
 def points() -> Iterator[Point]:
@@ -73,9 +76,9 @@ def points() -> Iterator[Point]:
     lengths = {"short": ((16, 128), (4, 512)), "long": ((2, 2048), (1, 8192))}
     for bits, width in ((16, 64), (16, 128), (16, 256), (16, 512), (32, 64), (32, 128)):
         heads = 8 if width > 128 else 16
-        for kind in ("full", "causal", "mask", "bias"):
+        for kind in ("full", "causal", "lower-right", "mask", "bias"):
             for grouped, dropout in ((False, False), (True, False), (False, True)):
-                if kind == "bias" and grouped or dropout and (width > 128 or bits == 32):
+                if kind == "bias" and grouped or dropout and (kind == "lower-right" or width > 128 or bits == 32):
                     continue
                 for rows, sizes in lengths.items():
                     for batch, length in sizes:
@@ -86,17 +89,22 @@ def points() -> Iterator[Point]:
                                 continue
                             found = policy.CallClass(pass_, bits, width, kind, rows, grouped, dropout)
                             G = heads // 4 if grouped else heads
-                            yield Point(found, batch, heads, G, length, length, width)
-        for kind, grouped in (("full", True), ("full", False), ("mask", True)):
+                            # The later chunks of a long text.
+                            M = length // 2 if kind == "lower-right" else length
+                            yield Point(found, batch, heads, G, M, length, width)
+        for kind, grouped in (("full", True), ("full", False), ("mask", True), ("lower-right", True)):
             found = policy.CallClass("inference", bits, width, kind, "few", grouped, False)
+            M = 4 if kind == "lower-right" else 1
             for batch, length in ((1, 1024), (8, 8192)):
-                yield Point(found, batch, heads, heads // 4 if grouped else heads, 1, length, width)
+                yield Point(found, batch, heads, heads // 4 if grouped else heads, M, length, width)
 
 
 def runner(point: Point) -> Callable[[], Any]:
     """A call that runs the point once, forward or forward and backward."""
     arguments = point.arguments()
     keywords = arguments._asdict()
+    if keywords.pop("lower_right"):
+        keywords.update(attn_mask=causal_lower_right(point.M, point.N), is_causal=False)
     if point.found.pass_ == "inference":
         return torch.no_grad()(lambda: sdp(**keywords))
     leaves = arguments[:3]
@@ -133,10 +141,10 @@ def measure(point: Point) -> dict[str, str]:
     }
 
 
-def compile_share(number: int) -> None:
+def compile_share(chosen: list[Point]) -> None:
     """Compile one worker's share of the kernels into Triton's cache."""
     with torch_flash2.enabled("always"):
-        for point in list(points())[number::WORKERS]:
+        for point in chosen:
             runner(point)()
             torch.cuda.empty_cache()
 
@@ -169,20 +177,32 @@ def write() -> None:
     policy.POLICY.write_text(f"[\n{lines}\n]\n" if found else "[]\n")
 
 
+def part(text: str) -> tuple[int, int]:
+    """I/N, which of how many parts."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"must be such as 2/3, got {text!r}")
+    return int(number), int(parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sdpa", description=__doc__)
     parser.add_argument("--write", action="store_true", help="make policy.json of what was measured")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="measure just this part")
     parser.add_argument("--out", type=Path, help="the CSV file to append to")
     arguments = parser.parse_args()
     if not arguments.write:
         device = torch.device("cuda")
+        number, parts = arguments.part
+        every = list(points())
+        chosen = every[len(every) * (number - 1) // parts : len(every) * number // parts]
         context = multiprocessing.get_context("spawn")
         with context.Pool(WORKERS) as pool:
-            pool.map(compile_share, range(WORKERS), chunksize=1)
+            pool.map(compile_share, [chosen[worker::WORKERS] for worker in range(WORKERS)], chunksize=1)
         shared = environment(device)
         folder = shared["device"].split()[-1].lower()
         table = Table(arguments.out or RESULTS / folder / "sdpa.csv", COLUMNS)
-        for point in points():
+        for point in chosen:
             row = measure(point)
             table.append({**shared, **row})
             torch.cuda.empty_cache()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from hypothesis import HealthCheck, settings
 # Graphs that Inductor cached on disk may come from other versions of this library.
 _cache = tempfile.TemporaryDirectory(prefix="torch_flash2-inductor-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
+
+ROOT = Path(__file__).parents[1]
 
 settings.register_profile(
     "ci",
@@ -38,3 +42,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in skips.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what setup.py installs beside the package itself: the autoload module and its entry point."""
+    keywords = next(
+        node.keywords
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+    )
+    declared = {word.arg: word.value for word in keywords}
+    (points,) = ast.literal_eval(declared["entry_points"])["torch.backends"]
+    (source,) = ast.literal_eval(declared["package_dir"]).values()
+    folder = tmp_path_factory.mktemp("site")
+    package = folder / points.partition("=")[2].partition(":")[0].strip()
+    package.mkdir()
+    (package / "__init__.py").write_text((ROOT / source / "__init__.py").read_text())
+    info = folder / "torch_flash2-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_flash2\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[torch.backends]\n{points}\n")
+    return folder

@@ -14,23 +14,24 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 import torch_flash2
 from torch_flash2 import scores, testing
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 LAYOUTS = ("bhsd", "bshd", "strided", "expanded")
-MASKS = ("none", "causal", "bool", "float", "learned")
+BIASES = {"upper-left": causal_upper_left, "lower-right": causal_lower_right}
+MASKS = ("none", "causal", "bool", "float", "learned", *BIASES)
 
 
 @dataclasses.dataclass(frozen=True)
 class SdpaCall:
     """One call in words.
 
-    The tensors have the last `dims` of (B, H, rows, width). `mask` is one of MASKS ("learned" is a float mask with a
-    gradient) or "lower-right", the bool mask of causal_lower_right. `mask_shape` names the dimensions in which it
-    varies ("BHMN"), `mask_fp32` makes a float mask fp32.
-    `layouts` are those of query, key and value: of LAYOUTS.
+    The tensors have the last `dims` of (B, H, rows, width). `mask` is one of MASKS: "learned" is a float mask with a
+    gradient, "upper-left" and "lower-right" are CausalBias. `mask_shape` names the dimensions in which it varies
+    ("BHMN"), `mask_fp32` makes a float mask fp32. `layouts` are those of query, key and value: of LAYOUTS.
     """
 
     B: int = 2
@@ -71,9 +72,9 @@ class SdpaCall:
             "key": tensor(self.layouts[1], heads_kv, self.N, self.D),
             "value": tensor(self.layouts[2], heads_kv, self.N, self.Dv),
         }
-        if self.mask == "lower-right":
+        if self.mask in BIASES:
             visible = torch.ones(self.M, self.N, dtype=torch.bool, device=device)
-            found["attn_mask"] = visible.tril(self.N - self.M)
+            found["attn_mask"] = visible.tril(self.N - self.M if self.mask == "lower-right" else 0)
         elif self.mask in ("bool", "float", "learned"):
             shown = "BHMN"[4 - self.dims :]
             stored = dict(zip("BHMN", (self.B, self.H, self.M, self.N), strict=True))
@@ -127,8 +128,10 @@ def calls(draw: Any) -> SdpaCall:
 def gpu_kinds() -> list[SdpaCall]:
     """Calls that differ in what is compiled for a GPU; random ones are these at other sizes."""
     found = []
-    for dtype, mask, group, dropout_p in itertools.product(("fp16", "bf16", "fp32"), MASKS, (1, 4), (0.0, 0.25)):
-        masked = mask in ("bool", "float", "learned")
+    # An upper-left CausalBias is is_causal.
+    masks = [mask for mask in MASKS if mask != "upper-left"]
+    for dtype, mask, group, dropout_p in itertools.product(("fp16", "bf16", "fp32"), masks, (1, 4), (0.0, 0.25)):
+        masked = mask not in ("none", "causal")
         if masked and dropout_p > 0 and not (dtype == "bf16" and mask == "bool"):
             continue
         for D in (64,) if masked else (64, 128):
@@ -168,6 +171,11 @@ def run(call: SdpaCall, device: str = "cpu", attend: Any = None, grad: bool = Tr
     wanted = [name for name, t in leaves.items() if name != "attn_mask" or call.mask == "learned"] if grad else []
     for name in wanted:
         leaves[name] = leaves[name].detach().requires_grad_()
+    if call.mask in BIASES:
+        with warnings.catch_warnings():
+            # Of rows that see nothing.
+            warnings.simplefilter("ignore")
+            leaves["attn_mask"] = BIASES[call.mask](call.M, call.N)
     torch.manual_seed(call.seed)
     with testing.poisoned():
         out = (attend or torch.nn.functional.scaled_dot_product_attention)(**leaves, **call.keywords)
@@ -201,7 +209,7 @@ def stock_math(call: SdpaCall, device: str, dtype: torch.dtype, grad: bool = Tru
         attn_mask: torch.Tensor | None = None,
         **keywords: Any,
     ) -> torch.Tensor:
-        mask = attn_mask
+        mask = attn_mask._materialize(query.device) if isinstance(attn_mask, CausalBias) else attn_mask
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
         elif mask is not None:

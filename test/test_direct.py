@@ -130,7 +130,7 @@ def plain(value: Any, names: dict[int, str]) -> Any:
         return [plain(value.base, names), value.shape, value.strides, value.block_shape, value.padding]
     if isinstance(value, tuple):
         return [plain(item, names) for item in value]
-    if isinstance(value, int) and value > 2**32:
+    if isinstance(value, int) and value > 2**24 and value != 2 * masks.FAR + 3:
         return names.get(value, "buffer")
     return value
 

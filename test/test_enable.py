@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 import os
 import subprocess
@@ -17,8 +16,9 @@ import sdpa_calls
 import torch
 
 import torch_flash2
-from torch_flash2 import autoload
+from torch_flash2 import autoload, dispatch
 from torch_flash2.frontends import sdpa
+from torch_flash2.replacing import Replacement
 from torch_flash2.stock import Sdpa
 
 ROOT = Path(__file__).parents[1]
@@ -124,33 +124,11 @@ def test_the_key_of_caches_says_what_is_enabled() -> None:
     for policy in ("always", "fastest"):
         with torch_flash2.enabled(policy, device_type="cpu"):
             tags.add(config.cache_key_tag)
-            assert config.cache_key_tag.startswith(f"{before};torch_flash2=")
+            assert config.cache_key_tag.startswith(f"{before}:{policy}:")
     assert config.cache_key_tag == before and len(tags) == 2
 
 
 # In processes of their own, where the package is installed as pip would.
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds what setup.py installs beside the package itself: the autoload module and its entry point."""
-    keywords = next(
-        node.keywords
-        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
-    )
-    declared = {word.arg: word.value for word in keywords}
-    (points,) = ast.literal_eval(declared["entry_points"])["torch.backends"]
-    (source,) = ast.literal_eval(declared["package_dir"]).values()
-    folder = tmp_path_factory.mktemp("site")
-    package = folder / points.partition("=")[2].partition(":")[0].strip()
-    package.mkdir()
-    (package / "__init__.py").write_text((ROOT / source / "__init__.py").read_text())
-    info = folder / "torch_flash2-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_flash2\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[torch.backends]\n{points}\n")
-    return folder
 
 
 def run(installed: Path, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -171,21 +149,25 @@ def run(installed: Path, code: str, *arguments: str, **environment: str) -> subp
 
 
 CALL = """
-query = torch.randn(1, 2, 5, 8)
+query = torch.randn(1, 2, 5, 8, device=DEVICE)
 torch.nn.functional.scaled_dot_product_attention(query, query, query)
 """
-CUDA_BUILD = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="the variable means CUDA calls in this build")
+TAKEN = """
+counted = sys.modules["torch_flash2"].stats()
+assert sum(counted.values()) == 1 and set(counted) <= KERNELS, counted
+"""
+# What the variable takes over.
+DEVICE = "cuda" if torch.backends.cuda.is_built() else "cpu"
+PRESET = f"DEVICE, KERNELS = {DEVICE!r}, {set(dispatch.KERNELS)}\n"
+needs_device = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="the variable means CUDA calls in this build"
+)
 
 
-@CUDA_BUILD
+@needs_device
 @pytest.mark.parametrize("imports", ["import torch", "import torch_flash2, torch"])
 def test_the_variable_alone_enables(installed: Path, imports: str) -> None:
-    run(
-        installed,
-        f"import sys\n{imports}\n{CALL}\nassert sys.modules['torch_flash2'].stats() == {{'cpu': 1}}",
-        "-W", "error",
-        TORCH_FLASH2="always",
-    )  # fmt: skip
+    run(installed, f"import sys\n{imports}\n{PRESET}{CALL}{TAKEN}", "-W", "error", TORCH_FLASH2="always")
 
 
 def test_without_the_variable_nothing_is_loaded(installed: Path) -> None:
@@ -209,10 +191,16 @@ def test_without_the_variable_nothing_is_loaded(installed: Path) -> None:
     )  # fmt: skip
 
 
-@CUDA_BUILD
+@needs_device
 def test_without_triton(installed: Path) -> None:
-    code = "import sys\nsys.modules['triton'] = None\nimport torch\n" + CALL
-    run(installed, code + "assert sys.modules['torch_flash2'].stats() == {'cpu': 1}", TORCH_FLASH2="strict")
+    """On the CPU it takes calls all the same; on a GPU no kernel is left, and it says so."""
+    code = f"import sys\nsys.modules['triton'] = None\nimport torch\n{PRESET}{CALL}"
+    if DEVICE == "cpu":
+        run(installed, code + TAKEN, TORCH_FLASH2="strict")
+    else:
+        counted = "(label,) = sys.modules['torch_flash2'].stats()\n"
+        refused = f"\n{counted}assert 'unsupported' in label and 'not installed' in label, label\n"
+        run(installed, code + refused, TORCH_FLASH2="always")
 
 
 def test_it_never_raises(installed: Path) -> None:
@@ -233,6 +221,8 @@ MODEL = """
 import sys, torch
 from torch import nn
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -247,14 +237,14 @@ class Block(nn.Module):
 torch.manual_seed(0)
 encoder = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
 model = nn.ModuleList([encoder, Block()])
-inputs = torch.randn(2, 12, 32)
-padding = torch.arange(12).expand(2, 12) >= torch.tensor([[12], [7]])
+inputs = torch.randn(2, 12, 32).to(device)
+padding = torch.arange(12, device=device).expand(2, 12) >= torch.tensor([[12], [7]], device=device)
 
 def run(dtype):
-    model.to(dtype).zero_grad()
+    model.to(device, dtype).zero_grad()
     out = model[1](model[0](inputs.to(dtype), src_key_padding_mask=padding))
-    (out * torch.linspace(-1, 1, 32, dtype=dtype)).sum().backward()
-    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+    (out * torch.linspace(-1, 1, 32, dtype=dtype, device=device)).sum().backward()
+    return [out.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
 
 found = {dtype: run(dtype) for dtype in (torch.bfloat16, torch.float64)}
 package = sys.modules.get("torch_flash2")
@@ -262,15 +252,18 @@ torch.save((found, package and package.stats()), sys.argv[1])
 """
 
 
-@CUDA_BUILD
+@needs_device
 def test_a_model_under_the_variable_alone(installed: Path, tmp_path: Path) -> None:
     """An encoder with padding and a causal block with grouped heads, in scripts that name nothing of ours."""
     found, counted = {}, {}
     for policy in ("off", "1", "always"):
         run(installed, MODEL, str(tmp_path / policy), TORCH_FLASH2=policy)
         found[policy], counted[policy] = torch.load(tmp_path / policy, weights_only=True)
-    assert counted["off"] is None and counted["always"] == {"cpu": 4}
-    assert sum(counted["1"].values()) == 4, counted["1"]
+    assert counted["off"] is None
+    # On a GPU nobody takes fp64.
+    taken = [n for label, n in counted["always"].items() if label.split(" and ")[0] in dispatch.KERNELS]
+    assert sum(taken) == (4 if DEVICE == "cpu" else 2), counted["always"]
+    assert sum(counted["1"].values()) == sum(counted["always"].values()) == 4, counted
     exact, plain = found["off"][torch.float64], found["off"][torch.bfloat16]
     for policy, (index, want) in itertools.product(("1", "always"), enumerate(exact)):
         other = (plain[index].double() - want).norm().item()
@@ -279,7 +272,7 @@ def test_a_model_under_the_variable_alone(installed: Path, tmp_path: Path) -> No
             assert (found[policy][dtype][index].double() - want).norm().item() <= allowed, (policy, index, dtype)
 
 
-@CUDA_BUILD
+@needs_device
 def test_inductors_workers(installed: Path) -> None:
     run(
         installed,
@@ -321,15 +314,76 @@ def test_processes_with_and_without_share_no_graphs(installed: Path, tmp_path: P
         assert again.result() == ["1", "True"]
 
 
-@CUDA_BUILD
+@needs_device
 def test_torch_logs(installed: Path) -> None:
-    code = "import torch\n" + CALL * 2 + CALL.replace("8)", "16)") + CALL.replace("query)", "query, is_causal=True)")
+    calls = CALL * 2 + CALL.replace("8,", "16,") + CALL.replace("query)", "query, is_causal=True)")
+    code = f"import torch\n{PRESET}{calls}"
     done = run(installed, code, TORCH_LOGS="torch_flash2", TORCH_FLASH2="always")
     lines = [line for line in done.stderr.splitlines() if "scaled_dot_product_attention" in line]
     assert len(lines) == 3, done.stderr
-    assert "forward on CPU, float32, B=1 H=2, M=5 N=5 D=8, mask full, value in key: taken: cpu" in lines[0]
+    assert "B=1 H=2, M=5 N=5 D=8, mask full, value in key: taken: " in lines[0]
     assert "mask causal" in lines[2]
     assert not run(installed, code, TORCH_FLASH2="always").stderr
+
+
+# What PyTorch leads elsewhere is replaced in modules that may be imported later, or never.
+
+
+def test_modules_are_not_imported_to_be_replaced(installed: Path) -> None:
+    run(
+        installed,
+        "import sys, torch, torch_flash2\n"
+        "before = set(sys.modules), list(sys.meta_path)\n"
+        "names = 'torch.nn.attention.bias', 'torch.nested._internal.ops', 'torch._dynamo'\n"
+        "torch_flash2.enable('always', device_type='cpu')\n"
+        "assert not [name for name in names if name in sys.modules]\n"
+        "torch_flash2.disable()\n"
+        "assert sys.meta_path == before[1]\n"
+        "torch_flash2.enable('always', device_type='cpu')\n"
+        "from torch.nn.attention.bias import causal_lower_right\n"
+        "assert len(sys.meta_path) == len(before[1]) + 1\n"
+        "query = torch.randn(1, 2, 5, 8)\n"
+        "torch.nn.functional.scaled_dot_product_attention(query[:, :, :3], query, query, causal_lower_right(3, 5))\n"
+        "assert torch_flash2.stats(reset=True) == {'cpu': 1}, torch_flash2.stats()\n"
+        "torch_flash2.disable()\n"
+        "torch.nn.functional.scaled_dot_product_attention(query[:, :, :3], query, query, causal_lower_right(3, 5))\n"
+        "assert not torch_flash2.stats() and sys.meta_path == before[1]\n",
+    )
+
+
+def test_replacements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "replaced_here.py").write_text("class A:\n    @staticmethod\n    def f(): return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def twice(original: Any) -> Any:
+        return lambda: 2 * original()
+
+    later = Replacement("replaced_here", "A.f", twice)
+    import replaced_here  # type: ignore[import-not-found]
+
+    assert replaced_here.A.f() == replaced_here.A().f() == 2 and "exec_module" not in vars(replaced_here.__loader__)
+    at_once = Replacement("replaced_here", "A.f", twice)
+    assert replaced_here.A.f() == 4
+    # What somebody has replaced since is not ours to put back.
+    later.remove()
+    assert replaced_here.A.f() == 4
+    at_once.remove()
+    absent = [Replacement("replaced_here", path, twice) for path in ("A.g", "B.f", "g")]
+    assert not hasattr(replaced_here, "g")
+    for replacement in absent:
+        replacement.remove()
+    monkeypatch.delitem(sys.modules, "replaced_here")
+
+
+def test_caches_know_this_library_from_its_import_on(installed: Path) -> None:
+    run(
+        installed,
+        "import torch\n"
+        "before = torch.compiler.config.cache_key_tag\n"
+        "import torch_flash2\n"
+        "tag = torch.compiler.config.cache_key_tag\n"
+        "assert tag.startswith(f'{before};torch_flash2={torch_flash2.__version__}:'), tag\n",
+    )
 
 
 def test_a_call_that_meets_a_disable_is_pytorchs() -> None:

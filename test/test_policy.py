@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -18,6 +19,7 @@ from torch_flash2.masks import causal
 from torch_flash2.policy import CallClass
 from torch_flash2.problem import Problem
 
+SHIFTED = causal(align="bottom-right")
 H200 = dataclasses.replace(hardware.simulated("sm90"), name="NVIDIA H200")
 
 
@@ -44,6 +46,8 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ({"mask": causal(), "needs_grad": True}, CallClass("training", 16, 128, "causal", "short", False, False)),
         ({"dense": True, "seqlen_k": 1025}, CallClass("inference", 16, 128, "mask", "long", False, False)),
         ({"steps": ("bias",), "dropout": True}, CallClass("inference", 16, 128, "bias", "short", False, True)),
+        ({"mask": SHIFTED}, CallClass("inference", 16, 128, "causal", "short", False, False)),
+        ({"mask": SHIFTED, "seqlen_q": 9}, CallClass("inference", 16, 128, "lower-right", "few", False, False)),
         ({"seqlen_q": 1, "heads_kv": 2}, CallClass("inference", 16, 128, "full", "few", True, False)),
         ({"head_dim": 192, "dtype": torch.float32}, CallClass("inference", 32, 256, "full", "short", False, False)),
         ({"head_dim_v": 600}, CallClass("inference", 16, 600, "full", "short", False, False)),
@@ -80,7 +84,7 @@ def test_what_was_measured_decides(table: Path) -> None:
 def test_the_table_in_the_repository() -> None:
     policy.table.cache_clear()
     for (gpu, found), measured in policy.table().items():
-        assert gpu and found.kind in ("full", "causal", "mask", "bias") and measured.gain > 0
+        assert gpu and found.kind in ("full", "causal", "lower-right", "mask", "bias") and measured.gain > 0
         assert found.rows in ("few", "short", "long") and found.pass_ in ("inference", "training")
 
 
@@ -105,6 +109,13 @@ def test_writing_the_table(table: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert (gpu, written) == ("NVIDIA H200", found) and policy.table()[gpu, written].gain == 1.5
 
 
+def test_parts() -> None:
+    assert benchmarks.sdpa.part("2/3") == (2, 3)
+    for wrong in ("0/3", "4/3", "2", "a/b", "1/0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be such as 2/3"):
+            benchmarks.sdpa.part(wrong)
+
+
 def test_every_point_is_of_its_class() -> None:
     for point in benchmarks.sdpa.points():
         found = point.found
@@ -114,6 +125,11 @@ def test_every_point_is_of_its_class() -> None:
         )
         options["dtype"] = torch.bfloat16 if found.bits == 16 else torch.float32
         options.update(
-            {"causal": {"mask": causal()}, "mask": {"dense": True}, "bias": {"steps": ("bias",)}}.get(found.kind, {})
+            {
+                "causal": {"mask": causal()},
+                "lower-right": {"mask": SHIFTED},
+                "mask": {"dense": True},
+                "bias": {"steps": ("bias",)},
+            }.get(found.kind, {})
         )
         assert policy.class_of(posed(**options)) == found

@@ -6,6 +6,7 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of q
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,10 +17,12 @@ import torch
 from hypothesis import given, settings
 from sdpa_calls import SdpaCall
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 import torch_flash2
-from torch_flash2 import dispatch
+from torch_flash2 import dispatch, judging
 from torch_flash2.frontends import sdpa
+from torch_flash2.stock import Sdpa
 
 # Compilers and transforms warn of things that are none of ours.
 compiled = pytest.mark.filterwarnings("default")
@@ -52,13 +55,13 @@ def left() -> list[str]:
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """The directions in which the CPU's kernel ran."""
+    """The directions in which the CPU's kernel ran, and with what mask."""
     found: list[str] = []
     kernel = dispatch.kernel("cpu", "forward")
     original = kernel.launch
 
     def launch(problem: Any, *arguments: Any) -> Any:
-        found.append(problem.direction)
+        found.append(f"{problem.direction}, {'dense' if problem.dense else problem.mask}")
         return original(problem, *arguments)
 
     with mock.patch.object(kernel, "launch", launch):
@@ -82,8 +85,9 @@ def test_layout_is_that_of_flash() -> None:
         inputs = [t.detach().permute(*order, 3).contiguous().permute(*order, 3) for t in qkv(N=33)]
         out = sdp(*inputs)
         assert out.stride() == torch.empty_like(inputs[0]).stride()
-        disabled = torch.ops.aten._scaled_dot_product_flash_attention(*inputs) if torch.cuda.is_available() else None
-        assert disabled is None or disabled[0].stride() == out.stride()
+        if torch.cuda.is_available():
+            flash = torch.ops.aten._scaled_dot_product_flash_attention(*(t.half().cuda() for t in inputs))[0]
+            assert flash.stride() == out.stride()
 
 
 def test_dropout_differs_from_call_to_call_and_repeats_under_checkpoint() -> None:
@@ -163,8 +167,9 @@ def test_functorch_is_untouched() -> None:
 @compiled
 def test_vmap_is_untouched() -> None:
     query, key, value = (t.detach() for t in qkv())
-    found = torch.vmap(lambda q: sdp(q, key, value))(torch.stack([query, query + 1]))
-    assert taken() == 0 and torch.allclose(found[0], sdp(query, key, value), atol=1e-5)
+    batched = torch.stack([query, query + 1])
+    stock_only(lambda: torch.vmap(lambda q: sdp(q, key, value))(batched), "functorch")
+    assert set(torch_flash2.stats().values()) == {1}
 
 
 @compiled
@@ -182,11 +187,16 @@ def test_forward_mode_is_untouched() -> None:
 
 
 @compiled
-def test_nested_tensors_are_untouched() -> None:
-    nested = torch.nested.nested_tensor([torch.randn(5, 2, 8), torch.randn(3, 2, 8)], layout=torch.jagged)
-    nested = nested.transpose(1, 2)
-    assert sdp(nested, nested, nested).shape[0] == 2
-    assert taken() == 0
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("inference", [False, True])
+def test_nested_tensors_are_untouched(layout: torch.layout, inference: bool) -> None:
+    parts = [torch.randn(5, 2, 8), torch.randn(3, 2, 8)]
+    with torch.inference_mode(inference):
+        nested = torch.nested.nested_tensor(parts, layout=layout).transpose(1, 2)
+        nested = nested.contiguous() if layout == torch.strided else nested
+        stock_only(lambda: torch.cat([t.flatten() for t in sdp(nested, nested, nested).unbind()]), "nested tensors")
+    # What comes by in between, PyTorch made of it.
+    assert torch_flash2.stats()["stock, untouched: nested tensors"] == 1
 
 
 class Subclass(torch.Tensor):
@@ -298,7 +308,7 @@ def test_selective_checkpointing_saves_attention() -> None:
     def counted(**options: Any) -> int:
         with launches() as count:
             checkpoint(block, query, use_reentrant=False, **options).sum().backward()
-        return count.count("forward")
+        return count.count("forward, full")
 
     assert counted() == 2
     assert counted(context_fn=lambda: create_selective_checkpoint_contexts(torch_flash2.sac_ops())) == 1
@@ -367,13 +377,14 @@ def test_inductor_and_attention_written_by_hand(training: bool) -> None:
     query, key, value = (t.detach().requires_grad_(training) for t in qkv(M=32, N=32))
 
     def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        scores = torch.matmul(query, key.transpose(-2, -1)).div(4.0)
+        scores = torch.matmul(query, key.transpose(-2, -1))
+        scores = scores * 0.25 if training else scores.div(4.0)
         return sdp(query, key, value, is_causal=True) + torch.matmul(scores.softmax(dim=-1), value)
 
     with launches() as count, fresh_cache():
         found = torch.compile(by_hand, fullgraph=True)(query, key, value)
     assert counters["inductor"]["fuse_attention"] >= 1
-    assert count == ["forward"] * 2
+    assert count == ["forward, causal", "forward, full"]
     torch.testing.assert_close(found, by_hand(query, key, value))
     if training:
         gradients = torch.autograd.grad(found.sum(), [query, key, value])
@@ -388,10 +399,29 @@ def test_strict_refuses_nothing_that_always_takes(call: SdpaCall) -> None:
         holds(call)
 
 
+def test_strict_says_why_nothing_can_run_a_call() -> None:
+    """Where "always" leaves the call to PyTorch, with the same reasons."""
+    query, key, value = (t.detach() for t in qkv())
+    with torch_flash2.force("triton"):
+        stock_only(lambda: sdp(query, key, value), "unsupported: triton: it needs a CUDA GPU")
+        with (
+            torch_flash2.enabled("strict", device_type="cpu"),
+            pytest.raises(torch_flash2.UnsupportedError, match="triton: it needs a CUDA GPU"),
+        ):
+            sdp(query, key, value)
+
+
+def test_explain_says_what_is_copied() -> None:
+    query, key, value = (t.detach() for t in qkv(layouts=("bhsd", "strided", "bhsd"), D=16, Dv=16, dtype="fp32"))
+    assert "copies: of query, key and value, those with strides in the head dim" in str(
+        torch_flash2.explain(query, key, value)
+    )
+
+
 def test_explain_says_what_pytorch_would_choose() -> None:
     query, key, value = (t.detach() for t in qkv(N=33))
     text = str(torch_flash2.explain(query, key, value, "causal"))
-    assert "runs on cpu" in text
+    assert "runs on cpu" in text and "config: path=" in text and "not triton: it needs a CUDA GPU" in text
     assert text.endswith(
         "scaled_dot_product_attention would choose FLASH_ATTENTION; enable() leaves such calls: "
         "not measured on CPU, and PyTorch would choose FLASH_ATTENTION, which is fast"
@@ -403,15 +433,105 @@ def test_explain_says_what_pytorch_would_choose() -> None:
     assert "two masks at once" in str(torch_flash2.explain(query, key, value, "causal", bias=bias))
 
 
-@compiled
-@pytest.mark.parametrize("sizes", [(33, 47), (33, 33), (20, 47)])
-def test_causal_bias(sizes: tuple[int, int]) -> None:
-    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+# Masks of which PyTorch knows more than their numbers.
 
-    M, N = sizes
+
+def test_a_mask_tensor_is_not_guessed_to_be_causal() -> None:
+    query, key, value = (t.detach() for t in qkv(N=33))
+    for mask in (
+        torch.ones(33, 33, dtype=torch.bool).tril(),
+        torch.zeros(33, 33).masked_fill_(torch.ones(33, 33).triu(1) > 0, -torch.inf),
+    ):
+        found = judging.judge(Sdpa(query, key, value, mask), False, "always").plans[0].problem
+        assert not found.mask.bands and (found.dense or found.steps == ("bias",))
+    assert judging.judge(Sdpa(query, key, value, is_causal=True), False, "always").plans[0].problem.mask.bands
+
+
+def biases(M: int, N: int) -> tuple[CausalBias, CausalBias]:
+    with warnings.catch_warnings():
+        # Of rows that see nothing.
+        warnings.simplefilter("ignore")
+        return causal_upper_left(M, N), causal_lower_right(M, N)
+
+
+@pytest.mark.parametrize("M, N", [(33, 47), (33, 33), (20, 47), (47, 20), (1, 9)])
+def test_causal_bias(M: int, N: int) -> None:
     query, key, value = qkv(M=M, N=N)
-    for bias, align in ((causal_upper_left(M, N), "top-left"), (causal_lower_right(M, N), "bottom-right")):
-        found = sdp(query, key, value, bias)
+    for bias, align in zip(biases(M, N), ("top-left", "bottom-right"), strict=True):
+        with launches() as seen:
+            found = sdp(query, key, value, bias)
         torch.testing.assert_close(found, torch_flash2.attention(query, key, value, f"causal @ {align}"))
-        assert found.requires_grad
+        band = "causal @ bottom-right" if align == "bottom-right" and M != N else "causal"
+        assert found.requires_grad and seen == [f"forward, {band}"]
     assert taken() == 2 and not left()
+
+
+@compiled
+def test_causal_bias_compiled() -> None:
+    run = torch.compile(sdp, backend="aot_eager", fullgraph=True)
+    for M, N in ((20, 47), (47, 20)):
+        query, key, value = qkv(M=M, N=N)
+        bias = biases(M, N)[1]
+        torch_flash2.stats(reset=True)
+        with launches() as seen:
+            found, wanted = (attend(query, key, value, bias) for attend in (run, sdp))
+        assert torch_flash2.stats() == {"traced: cpu": 1, "cpu": 1}
+        assert seen == ["forward, causal @ bottom-right"] * 2
+        torch.testing.assert_close(found, wanted)
+        gradients = [torch.autograd.grad(out.square().sum(), (query, key, value)) for out in (found, wanted)]
+        torch.testing.assert_close(*gradients)
+
+
+@compiled
+def test_causal_bias_left_to_pytorch() -> None:
+    """Its own answer, eager and compiled, whoever asked for it."""
+    query, key, value = (t.detach() for t in qkv(M=20))
+    bias = biases(20, 47)[1]
+
+    def run() -> torch.Tensor:
+        return sdp(query, key, value, bias)
+
+    stock_only(lambda: torch.vmap(lambda q: sdp(q, key, value, bias))(query[None])[0], "functorch")
+    stock_only(lambda: torch.func.grad(lambda q: sdp(q, key, value, bias).sum())(query), "functorch")
+
+    def without_flash() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return run()
+
+    stock_only(without_flash, "switched flash attention off")
+    stock_only(torch.compile(without_flash, backend="aot_eager"), "traced: stock, excluded: sdpa_kernel")
+    with torch_flash2.enabled("fastest", device_type="cpu"):
+        torch_flash2.stats(reset=True)
+        run()
+        assert not taken() and left()
+    torch_flash2.stats(reset=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run()
+        assert cast.dtype == torch.bfloat16 and [label for label in left() if "autocast of other dtypes" in label]
+        torch_flash2.stats(reset=True)
+        half = sdp(query.bfloat16(), key.bfloat16(), value.bfloat16(), bias)
+        assert taken() == 1 and not left() and half.dtype == torch.bfloat16
+    torch.testing.assert_close(cast, half, atol=2e-2, rtol=2e-2)
+    with pytest.raises(ValueError, match="should not be used with causal=True"):
+        sdp(query, key, value, bias, is_causal=True)
+
+
+def test_causal_bias_is_pytorchs_again_afterwards() -> None:
+    query, key, value = (t.detach() for t in qkv(M=20))
+    bias = biases(20, 47)[1]
+    replaced = CausalBias._dispatch
+    sdpa.disable()
+    try:
+        assert replaced.__wrapped__ is CausalBias._dispatch  # type: ignore[attr-defined]
+        torch_flash2.stats(reset=True)
+        sdp(query, key, value, bias)
+        assert not torch_flash2.stats()
+    finally:
+        torch_flash2.enable("always", device_type="cpu")
+
+
+def test_explain_names_the_lower_right_mask() -> None:
+    query, key, value = (t.detach() for t in qkv(M=20, N=33))
+    text = str(torch_flash2.explain(query, key, value, "causal @ bottom-right"))
+    assert "mask causal @ bottom-right" in text
+    assert "scaled_dot_product_attention with causal_lower_right would choose FLASH_ATTENTION; enable() leaves" in text

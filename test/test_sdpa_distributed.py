@@ -75,7 +75,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def results():
     generator = torch.Generator().manual_seed(2)
     whole = [torch.randn(2, 4, 10, 8, generator=generator) for _ in range(3)]
-    leaves = [distribute_tensor(t, mesh, [Shard(1)]).requires_grad_() for t in whole]
+    leaves = [distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in whole]
     with sdpa_kernel(SDPBackend.MATH):
         out = nn.functional.scaled_dot_product_attention(*leaves)
     return [out, *torch.autograd.grad(out.square().sum(), leaves)]
@@ -85,10 +85,13 @@ found = results()
 assert torch_flash2.stats() == {"stock, untouched: a tensor subclass, DTensor": 1}, torch_flash2.stats()
 torch_flash2.disable()
 for one, other in zip(found, results(), strict=True):
-    assert isinstance(one, DTensor) and one.placements == other.placements == (Shard(1),)
+    assert isinstance(one, DTensor) and one.placements == other.placements == (Shard(0),)
     assert torch.equal(one.to_local(), other.to_local())
 dist.barrier()
 dist.destroy_process_group()
+# Threads of gloo in torch 2.11 may abort the process while Python ends it.
+sys.stdout.flush()
+os._exit(0)
 """
 
 

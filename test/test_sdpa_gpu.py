@@ -6,6 +6,7 @@ B batch, H query heads, M query rows, N keys, D head dim.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -65,6 +66,29 @@ def test_random_calls(call: SdpaCall) -> None:
 def test_what_users_met(call: SdpaCall) -> None:
     assert not sdpa_calls.disagreements(call, *(sdpa_calls.run(call, "cuda") for _ in range(2)), device="cuda")
     assert all(map(taken, torch_flash2.stats())), torch_flash2.stats()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("call", [
+    SdpaCall(B=1, H=8, G=2, M=300, N=1000, D=128, Dv=128, dtype="bf16"),
+    SdpaCall(B=2, H=8, G=1, M=1000, N=300, D=64, Dv=64, dtype="fp16"),
+    SdpaCall(B=2, H=8, G=2, M=5, N=700, D=128, Dv=128, dtype="fp16", layouts=("bshd",) * 3),
+    SdpaCall(B=1, H=4, G=4, M=200, N=333, D=64, Dv=64, dtype="fp32", dropout_p=0.25),
+    SdpaCall(B=1, H=4, G=4, M=100, N=200, D=100, Dv=60, dtype="bf16", scale=0.3),
+    SdpaCall(B=1, H=4, G=4, M=100, N=200, D=512, Dv=512, dtype="bf16"),
+], ids=["gqa", "tall", "few", "fp32", "dv", "d512"])  # fmt: skip
+def test_lower_right(call: SdpaCall, compiled: bool) -> None:
+    """A CausalBias that PyTorch would give to its flash or efficient kernel, or make a tensor, is a band here."""
+    attend = torch.compile(sdp, backend="aot_eager", fullgraph=True) if compiled else sdp
+    call = dataclasses.replace(call, mask="lower-right")
+    problems = sdpa_calls.disagreements(call, *(sdpa_calls.run(call, "cuda", attend) for _ in range(2)), device="cuda")
+    assert not problems
+    counted = torch_flash2.stats()
+    assert all(map(taken, counted)) and sum(counted.values()) == (1 if compiled else 2), counted
+    leaves = call.leaves("cuda")
+    plan = torch_flash2.explain(*(leaves[name] for name in ("query", "key", "value")), "causal @ bottom-right")
+    assert "with causal_lower_right would choose " in str(plan)
 
 
 @pytest.mark.filterwarnings("default")

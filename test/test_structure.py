@@ -31,6 +31,7 @@ LAYERS = (
     ("cli", "frontends"),
     ("",),  # torch_flash2 itself: what is public
     ("attention", "caches"),
+    ("judging",),
     ("direct", "policy", "stock"),
     ("ops",),
     ("dispatch", "flops", "checks"),
@@ -44,7 +45,7 @@ LAYERS = (
     ("kernels.bundles",),
     ("problem",),
     ("masks", "scores"),
-    ("_version", "autoload", "hardware", "settings"),
+    ("_version", "autoload", "hardware", "replacing", "settings"),
 )
 # The package gathers what is public, and what tests share stands beside it: no rule for these.
 FREE = ("", "oracle", "testing")

@@ -212,4 +212,5 @@ def _explain_stock(call: Call, plan: dispatch.Plan) -> str:
     choice = stock.choice(same)
     taken, reason = policy.faster(plan.problem, choice)
     verb = "takes" if taken else "leaves"
-    return f"scaled_dot_product_attention would choose {choice}; enable() {verb} such calls: {reason}"
+    given = " with causal_lower_right" if same.lower_right else ""
+    return f"scaled_dot_product_attention{given} would choose {choice}; enable() {verb} such calls: {reason}"

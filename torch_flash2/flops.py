@@ -6,18 +6,12 @@ B batch, H query heads, M query rows, N keys, D head dim of query and key, Dv he
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
 from typing import Any
 
 import torch
 
 from .problem import Call
-
-_COUNTER = "torch.utils.flop_counter"
-
+from .replacing import WhenImported
 
 _BLOCK_TABLE = Call._fields.index("block_table")
 
@@ -50,37 +44,11 @@ def backward_flops(
     return 2 * _pairs(query, key[2]) * (3 * query[3] + 2 * value[3])
 
 
-def _register() -> None:
-    register: Any = sys.modules[_COUNTER].register_flop_formula
-    register(torch.ops.torch_flash2.forward)(forward_flops)
-    register(torch.ops.torch_flash2.backward)(backward_flops)
-
-
-class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers the formulas right after the counter's own module has run."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return None
-        self.loader = spec.loader
-        spec.loader = self
-        return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        self.loader.exec_module(module)
-        _register()
+def _register(counter: Any) -> None:
+    counter.register_flop_formula(torch.ops.torch_flash2.forward)(forward_flops)
+    counter.register_flop_formula(torch.ops.torch_flash2.backward)(backward_flops)
 
 
 def register_when_imported() -> None:
     """Register now or, because the counter imports Triton, when somebody imports it."""
-    if _COUNTER in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    WhenImported("torch.utils.flop_counter", _register)

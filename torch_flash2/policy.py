@@ -26,8 +26,9 @@ GAIN = 1.02
 class CallClass(NamedTuple):
     """What calls have in common that measurements tell apart.
 
-    `pass_` is "inference" or "training"; `width` a head dim's bucket; `kind` is "full", "causal", "mask" (bool) or
-    "bias" (float); `rows` is "few" (up to 16 query rows), "short" (up to 1024 rows and keys) or "long".
+    `pass_` is "inference" or "training"; `width` a head dim's bucket; `kind` is "full", "causal", "lower-right" (causal
+    and aligned at the end, M other than N), "mask" (bool) or "bias" (float); `rows` is "few" (up to 16 query rows),
+    "short" (up to 1024 rows and keys) or "long".
     """
 
     pass_: str
@@ -46,9 +47,10 @@ class CallClass(NamedTuple):
 def class_of(problem: Problem) -> CallClass:
     """The class of a call of scaled_dot_product_attention."""
     width = max(problem.head_dim, problem.head_dim_v)
-    kind = (
-        "mask" if problem.dense else "bias" if "bias" in problem.steps else "causal" if problem.mask.bands else "full"
-    )
+    kind = "mask" if problem.dense else "bias" if "bias" in problem.steps else "full"
+    if kind == "full" and problem.mask.bands:
+        shifted = problem.mask.align == "bottom-right" and problem.seqlen_q != problem.seqlen_k
+        kind = "lower-right" if shifted else "causal"
     longest = max(problem.seqlen_q, problem.seqlen_k)
     return CallClass(
         "training" if problem.needs_grad else "inference",

@@ -17,7 +17,10 @@ from .problem import Call, parse_mask
 
 
 class Sdpa(NamedTuple):
-    """The arguments of scaled_dot_product_attention, in its order."""
+    """The arguments of scaled_dot_product_attention, in its order.
+
+    `lower_right`, beside `is_causal`, stands for the mask torch.nn.attention.bias.causal_lower_right(M, N), M not N.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -27,6 +30,7 @@ class Sdpa(NamedTuple):
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    lower_right: bool = False
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -43,9 +47,8 @@ def of_call(call: Call) -> Sdpa | str:
         "packed keys": call.cu_k, "used lengths": call.used_q, "used keys": call.used_k, "pages": call.block_table,
     }  # fmt: skip
     missing = [name for name, value in absent.items() if value is not None]
-    causal = mask.bands == masks.causal().bands and (
-        mask.align != "bottom-right" or call.query.shape[2] == call.key.shape[2]
-    )
+    causal = mask.bands == masks.causal().bands
+    lower_right = causal and mask.align == "bottom-right" and call.query.shape[2] != call.key.shape[2]
     if mask.bands and not causal:
         missing.append(f"mask {mask}")
     if sum((causal, call.dense is not None, call.bias is not None)) > 1:
@@ -54,7 +57,7 @@ def of_call(call: Call) -> Sdpa | str:
         return ", ".join(missing)
     attn_mask = call.bias if call.dense is None else call.dense
     shared = call.query.shape[1] != call.key.shape[1]
-    return Sdpa(call.query, call.key, call.value, attn_mask, call.dropout_p, causal, call.scale, shared)
+    return Sdpa(call.query, call.key, call.value, attn_mask, call.dropout_p, causal, call.scale, shared, lower_right)
 
 
 def hint(size: Any) -> int:
@@ -102,7 +105,17 @@ def choice(arguments: Sdpa) -> str:
 
 
 def _choice(arguments: Sdpa) -> str:
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = arguments
+    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, lower_right = arguments
+    if lower_right:
+        # Such a mask is given to a backend without a choice, or else made a tensor.
+        cuda = torch.backends.cuda
+        given = cuda.SDPAParams(query, key, value, None, dropout_p, False, enable_gqa)
+        if cuda.can_use_flash_attention(given):
+            return "FLASH_ATTENTION"
+        if cuda.can_use_efficient_attention(given):
+            return "EFFICIENT_ATTENTION"
+        mask = torch.empty(1, dtype=torch.bool, device=query.device).expand(query.shape[-2], key.shape[-2])
+        is_causal = False
     try:
         found = torch._fused_sdp_choice(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -1,8 +1,9 @@
 """torch.nn.functional.scaled_dot_product_attention, taken over in place: every caller, eager or compiled, unchanged.
 
 `enable` overrides aten::scaled_dot_product_attention at a device's key and at its autograd key: the one hook through
-which every call passes. A call is judged once per signature (entry) and then either runs on this library's kernels or
-goes on to PyTorch's own kernel, untouched. Whichever it is, its backward is the same one's.
+which calls pass. A call is judged once per signature (entry) and then either runs on this library's kernels or goes on
+to PyTorch's own kernel, untouched. Whichever it is, its backward is the same one's. The two kinds of calls that PyTorch
+leads elsewhere are met there: those with a lower-right CausalBias are judged like the others, jagged tensors counted.
 
 B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 """
@@ -10,204 +11,27 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim of q
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
+import hashlib
 import logging
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .. import autoload, direct, dispatch, hardware, masks, policy, problem, settings, stock
+from .. import autoload, direct, dispatch, judging, policy, settings, stock
 from .._version import __version__
-from ..dispatch import UnsupportedError
-from ..problem import Call, Problem
+from ..judging import Verdict
+from ..replacing import Replacement
 from ..stock import Sdpa
 
 logger = logging.getLogger("torch_flash2")
 _OP = "aten::scaled_dot_product_attention"
 _TRACED = ("FakeTensor", "FunctionalTensor")
 _MOST_ENTRIES = 4096
-_CAUSAL = masks.causal().template
-
-
-class Verdict(NamedTuple):
-    """Whether to take a call, and why.
-
-    `kind` is "taken"; "slower": PyTorch's choice is the faster, or nobody measured; "unsupported": no kernel here can
-    run it; "excluded": the caller asked for something else; "untouched": it is for PyTorch alone to run, or refuse.
-    """
-
-    kind: str
-    reason: str
-    plans: tuple[dispatch.Plan, ...] = ()
-    stock: str = ""
-
-    @property
-    def taken(self) -> bool:
-        return self.kind == "taken"
-
-    @property
-    def label(self) -> str:
-        """How stats() counts it."""
-        if self.taken:
-            return " and ".join(dict.fromkeys(plan.kernel for plan in self.plans))
-        return f"stock, {self.kind}: {self.reason}"
-
-    def __str__(self) -> str:
-        where = f"taken: {self.label}" if self.taken else f"left to PyTorch ({self.kind})"
-        return f"{where}; {self.reason}"
-
-
-# What calls become.
-
-
-def normal(arguments: Sdpa) -> Sdpa | str:
-    """The call with 4 dimensions and as many batch entries everywhere, as views; or why it is PyTorch's alone."""
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = arguments
-    dims = query.dim()
-    if not 2 <= dims <= 4 or key.dim() != dims or value.dim() != dims:
-        return f"tensors of {dims}, {key.dim()} and {value.dim()} dimensions"
-    if len({(t.dtype, t.device) for t in (query, key, value)}) > 1 or query.dtype not in problem.DTYPES:
-        return "query, key and value of " + ", ".join(f"{t.dtype} on {t.device}" for t in (query, key, value))
-    if not 0 <= dropout_p < 1:
-        return f"dropout_p {dropout_p}"
-    if mask is not None:
-        if is_causal:
-            return "a mask and is_causal at once"
-        if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.dim() > 4 or mask.device != query.device:
-            return f"a mask of {mask.dtype} with {mask.dim()} dimensions on {mask.device}"
-    while query.dim() < 4:
-        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-
-    B = _common(query.shape[0], key.shape[0], value.shape[0])
-    if B is None:
-        return f"batches of {query.shape[0]}, {key.shape[0]} and {value.shape[0]}"
-    H, G = query.shape[1], key.shape[1]
-    if G != value.shape[1] or not (H == G or G == 1 or enable_gqa):
-        heads = _common(H, G, value.shape[1])
-        if heads is None or enable_gqa:
-            return f"{H}, {G} and {value.shape[1]} heads, enable_gqa={enable_gqa}"
-        query, key, value = (_expanded(tensor, 1, heads) for tensor in (query, key, value))
-    query, key, value = (_expanded(tensor, 0, B) for tensor in (query, key, value))
-    return Sdpa(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
-
-
-def _common(*sizes: int) -> int | None:
-    """What sizes broadcast to."""
-    found = next((size for size in sizes if size != 1), 1)
-    return found if all(size in (1, found) for size in sizes) else None
-
-
-def _expanded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    if tensor.shape[dim] == size:
-        return tensor
-    return tensor.expand(*(size if i == dim else -1 for i in range(4)))
-
-
-def _tensors(arguments: Sdpa, seed: torch.Tensor | None) -> direct.Tensors:
-    """The tensors of the op's call, for normal arguments."""
-    mask = arguments.attn_mask
-    boolean = mask is not None and mask.dtype == torch.bool
-    nothing = (None, None, None, None, None)
-    return (
-        arguments.query, arguments.key, arguments.value,
-        mask if boolean else None, None if boolean else mask, None, None, seed, *nothing,
-    )  # fmt: skip
-
-
-def _call(arguments: Sdpa, seed: torch.Tensor | None) -> Call:
-    """The op's call, for normal arguments."""
-    rest: tuple[Any, ...] = (
-        _CAUSAL if arguments.is_causal else "full",
-        [],
-        arguments.query.shape[3] ** -0.5 if arguments.scale is None else float(arguments.scale),
-        None,
-        float(arguments.dropout_p),
-        *(None, None, None),
-        torch.are_deterministic_algorithms_enabled(),
-        dispatch.forced(),
-    )
-    return Call(*_tensors(arguments, seed), *rest)
-
-
-def _seed(arguments: Sdpa) -> torch.Tensor | None:
-    if arguments.dropout_p == 0:
-        return None
-    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=arguments.query.device)
-
-
-# Judging a call.
-
-
-def judge(arguments: Sdpa, needs_grad: bool, rule: str) -> Verdict:
-    """Whether to take a call by a policy. Traced calls are judged by the sizes that they were traced with.
-
-    Raises:
-        UnsupportedError: the policy is "strict", and no kernel can run the call.
-    """
-    if not torch._C._get_flash_sdp_enabled():
-        return Verdict("excluded", "sdpa_kernel or torch.backends.cuda has switched flash attention off")
-    if 0 in (arguments.query.shape[-1], arguments.value.shape[-1]):
-        return Verdict("untouched", "a head dim of 0")
-    found = normal(arguments)
-    if isinstance(found, str):
-        return Verdict("untouched", found)
-    mask_grad = needs_grad and found.attn_mask is not None and found.attn_mask.requires_grad
-    try:
-        posed = _pose(found, needs_grad, mask_grad)
-    except (TypeError, ValueError) as error:
-        return Verdict("untouched", str(error))
-    try:
-        plans = [dispatch.select(posed, dispatch.forced())]
-        if needs_grad:
-            plans.append(dispatch.select(dataclasses.replace(posed, direction="backward"), dispatch.forced()))
-        # A plan is shared by problems that no kernel tells apart: this one's sizes go back in.
-        plans = [
-            dataclasses.replace(plan, problem=dataclasses.replace(posed, direction=plan.problem.direction))
-            for plan in plans
-        ]
-    except UnsupportedError as error:
-        if rule == "strict":
-            raise
-        # Its first line names the call's sizes, which would make a count of its own for each.
-        return Verdict("unsupported", " ".join(line.strip() for line in str(error).splitlines()[1:]))
-    if rule != "fastest":
-        return Verdict("taken", f"policy {rule}", tuple(plans))
-    if not _default_backends():
-        return Verdict("taken", "sdpa_kernel or torch.backends.cuda names flash attention", tuple(plans))
-    other = stock.choice(arguments)
-    taken, reason = policy.faster(posed, other)
-    return Verdict("taken" if taken else "slower", reason, tuple(plans), other)
-
-
-def _default_backends() -> bool:
-    """Whether PyTorch is free to choose, as it was when its choice was measured."""
-    backends = torch._C
-    return bool(
-        backends._get_mem_efficient_sdp_enabled()
-        and backends._get_math_sdp_enabled()
-        and backends._get_cudnn_sdp_enabled()
-    )
-
-
-def _pose(arguments: Sdpa, needs_grad: bool, mask_grad: bool) -> Problem:
-    device = arguments.query.device
-    seed = torch.empty(2, dtype=torch.int64, device="meta") if arguments.dropout_p > 0 else None
-    if direct.plain(arguments.tensors):
-        seed = None if seed is None else torch.empty_like(seed, device=device)
-        return problem.of(_call(arguments, seed), needs_grad=needs_grad, bias_grad=mask_grad)
-    with stock.outside_tracing():
-        query, key, value, *mask = map(stock.on_meta, arguments.tensors)
-        seed = None if seed is None else torch.empty(2, dtype=torch.int64, device="meta")
-        scale = None if arguments.scale is None else 1.0
-        like = arguments._replace(query=query, key=key, value=value, attn_mask=mask[0] if mask else None, scale=scale)
-        found = problem.of(_call(like, seed), needs_grad=needs_grad, bias_grad=mask_grad)
-    fp32 = found.dtype == torch.float32
-    precision = settings.matmul_precision(device.type) if fp32 else found.precision
-    return dataclasses.replace(found, hardware=hardware.of(device), precision=precision)
 
 
 # Counting and logging.
@@ -259,20 +83,20 @@ class _Entry:
         self.taken = verdict.taken
         self.counter = _counter(verdict.label)
         if self.taken:
-            found = normal(arguments)
+            found = judging.normal(arguments)
             assert isinstance(found, Sdpa)
             same = zip(found[:3], arguments[:3], strict=True)
             self.normal = all(new is old for new, old in same)
             self.squeeze = 4 - arguments.query.dim()
             seed = torch.zeros(2, dtype=torch.int64, device=found.query.device) if found.dropout_p > 0 else None
-            self.route = direct.Route(_call(found, seed))
+            self.route = direct.Route(judging.op_call(found, seed))
 
     def attend(self, arguments: Sdpa, needs_grad: bool) -> torch.Tensor:
         if not self.normal:
-            found = normal(arguments)
+            found = judging.normal(arguments)
             assert isinstance(found, Sdpa)
             arguments = found
-        tensors = _tensors(arguments, _seed(arguments))
+        tensors = judging.op_tensors(arguments, judging.draw_seed(arguments))
         if not direct.unwatched():
             out = self.route.through_op(tensors)[0]
         elif needs_grad:
@@ -304,7 +128,7 @@ def _likeness(
 
 def _signature(arguments: Sdpa, needs_grad: bool) -> tuple[Any, ...]:
     """What a verdict and a route depend on."""
-    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa = arguments
+    query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, lower_right = arguments
     backends = torch._C
     return (
         query.shape, query.stride(), query.dtype, query.device,
@@ -312,7 +136,7 @@ def _signature(arguments: Sdpa, needs_grad: bool) -> tuple[Any, ...]:
         value.shape, value.stride(), value.dtype, value.device,
         query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16, key.data_ptr() == value.data_ptr(),
         mask if mask is None else (*direct.signature((mask,)), needs_grad and mask.requires_grad),
-        dropout_p, is_causal, scale, enable_gqa, needs_grad,
+        dropout_p, is_causal, scale, enable_gqa, lower_right, needs_grad,
         backends._get_flash_sdp_enabled(), backends._get_cudnn_sdp_enabled(),
         backends._get_mem_efficient_sdp_enabled(), backends._get_math_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(), dispatch.forced(),
@@ -333,6 +157,12 @@ def _untouched(arguments: Sdpa) -> str | None:
     if torch.compiler.is_exporting():
         return "torch.export"
     return None
+
+
+def _pass_on(arguments: Sdpa, reason: str) -> None:
+    verdict = Verdict("untouched", reason)
+    _counter(verdict.label)[0] += 1
+    _log(arguments, verdict)
 
 
 def _overriding(kernel: Any, autograd: bool) -> Callable[..., torch.Tensor]:
@@ -384,8 +214,7 @@ def _run(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
     if not direct.plain(arguments.tensors) or not direct.unwatched():
         reason = _untouched(arguments)
         if reason is not None:
-            _counter(Verdict("untouched", reason).label)[0] += 1
-            _log(arguments, Verdict("untouched", reason))
+            _pass_on(arguments, reason)
             return None
         if not direct.plain(arguments.tensors):
             return _trace(arguments, needs_grad)
@@ -396,14 +225,14 @@ def _run(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
         if rule is None:
             # Another thread has just disabled it.
             return None
-        verdict = judge(arguments, needs_grad, rule)
+        verdict = judging.judge(arguments, needs_grad, rule)
         _log(arguments, verdict)
         entry = _Entry(arguments, verdict)
         if len(_entries) >= _MOST_ENTRIES:
             _entries.clear()
             _left.clear()
         _entries[signature] = entry
-        if verdict.kind in ("slower", "excluded"):
+        if verdict.kind in ("slower", "excluded") and not arguments.lower_right:
             _left[_likeness(*arguments[:6], needs_grad)] = entry.counter
     entry.counter[0] += 1
     return entry.attend(arguments, needs_grad) if entry.taken else None
@@ -414,18 +243,133 @@ def _trace(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
     rule = is_enabled()
     if rule is None:
         return None
-    verdict = judge(arguments, needs_grad, rule)
+    verdict = judging.judge(arguments, needs_grad, rule)
     if type(arguments.query).__name__ == "FakeTensor":
         _log(arguments, verdict)
         _counter(f"traced: {verdict.label}")[0] += 1
     if not verdict.taken:
         return None
-    found = normal(arguments)
+    found = judging.normal(arguments)
     assert isinstance(found, Sdpa)
-    out: torch.Tensor = torch.ops.torch_flash2.forward(*_call(found, _seed(found)))[0]
+    out: torch.Tensor = torch.ops.torch_flash2.forward(*judging.op_call(found, judging.draw_seed(found)))[0]
     for _ in range(4 - arguments.query.dim()):
         out = out.squeeze(0)
     return out
+
+
+# What PyTorch leads elsewhere.
+
+_dispatch: Callable[..., torch.Tensor]
+
+
+def _causal_bias(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """In place of CausalBias._dispatch, which gives lower-right masks to a backend before anyone else sees the call."""
+    global _dispatch
+    _dispatch = original
+
+    @functools.wraps(original)
+    def dispatching(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: Any,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        rows, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
+        ours = (
+            attn_mask.variant.name == "LOWER_RIGHT"
+            and not is_causal
+            and rows != keys
+            and query.device.type == _installed_for
+            and query.shape[-2] == rows
+            and key.shape[-2] == keys
+        )
+        if not ours:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if torch.compiler.is_dynamo_compiling():
+            found: torch.Tensor = torch.ops.torch_flash2.causal_lower_right(
+                query, key, value, dropout_p, scale, enable_gqa
+            )
+            return found
+        return _lower_right(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+
+    return dispatching
+
+
+def _lower_right(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: Any,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    arguments = Sdpa(query, key, value, None, dropout_p, True, scale, enable_gqa, lower_right=True)
+    device = query.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast and query.dtype != torch.get_autocast_dtype(device):
+        # PyTorch casts some of these calls and not others.
+        _pass_on(arguments, "autocast of other dtypes beside a lower-right CausalBias")
+        found = None
+    else:
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments.tensors)
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            found = _run(arguments, needs_grad)
+    if found is not None:
+        return found
+    # Where PyTorch makes a tensor of the mask, the call comes by once more and is judged with that.
+    return _dispatch(query, key, value, bias, dropout_p, False, scale, enable_gqa)
+
+
+class _Bias:
+    """What PyTorch reads of a lower-right CausalBias; a tensor subclass cannot be made while tracing."""
+
+    def __init__(self, rows: int, keys: int):
+        from torch.nn.attention.bias import CausalVariant
+
+        self.variant, self.seq_len_q, self.seq_len_kv = CausalVariant.LOWER_RIGHT, rows, keys
+
+    def _materialize(self, device: torch.device) -> torch.Tensor:
+        rows, keys = self.seq_len_q, self.seq_len_kv
+        return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
+
+
+def _lower_right_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    bias = _Bias(query.shape[-2], key.shape[-2])
+    return _lower_right(query, key, value, bias, dropout_p, scale, enable_gqa)
+
+
+# Dynamo puts it in its graph as it does aten's op; what it becomes is found when the graph is lowered.
+_ops = torch.library.Library("torch_flash2", "FRAGMENT")
+_ops.define(
+    "causal_lower_right(Tensor query, Tensor key, Tensor value, float dropout_p, float? scale, bool enable_gqa) "
+    "-> Tensor"
+)
+_ops.impl("causal_lower_right", _lower_right_op, "CompositeImplicitAutograd")
+
+
+def _counting(reason: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, counted as left to PyTorch."""
+    counter = _counter(Verdict("untouched", reason).label)
+
+    @functools.wraps(original)
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            counter[0] += 1
+        return original(*arguments, **keywords)
+
+    return counted
 
 
 # Switching it on and off.
@@ -433,13 +377,14 @@ def _trace(arguments: Sdpa, needs_grad: bool) -> torch.Tensor | None:
 _lock = threading.RLock()
 _policies: list[str] = []
 _library: torch.library.Library | None = None
-_salt: str | None = None
+_salt = ""
 
 
 def enable(policy: str = "fastest", *, device_type: str | None = None) -> None:
     """From now on scaled_dot_product_attention may run on this library's kernels, in the whole process.
 
-    Every `enable` is undone by one `disable`; the policy of the last one counts. Nothing else of PyTorch changes.
+    Every `enable` is undone by one `disable`; the policy of the last one counts. Nothing else of PyTorch changes but
+    where torch.nn.attention.bias leads its lower-right masks.
     Functions that were compiled before keep what they were compiled with until `torch._dynamo.reset()`; a warning says
     so.
 
@@ -509,18 +454,38 @@ def enable_as_the_environment_says() -> None:
 
 
 _installed_for = ""
+_replacements: list[Replacement] = []
 
 
 def _install(device_type: str) -> None:
     global _library, _installed_for
-    keys = (device_type.upper(), f"Autograd{device_type.upper()}")
-    # Both before the first override: one at a device's key changes what stands at its autograd key.
-    kernels = [torch.library.get_kernel(_OP, key) for key in keys]
+    device = device_type.upper()
+    judged = (device, f"Autograd{device}")
+    counted = {
+        "FuncTorchVmapMode": "a functorch transform",
+        f"NestedTensor{device}": "nested tensors",
+        "AutogradNestedTensor": "nested tensors",
+    }
+    # All before the first override: one at a device's key changes what stands at its autograd key.
+    kernels = {key: torch.library.get_kernel(_OP, key) for key in (*judged, *counted)}
     library = torch.library.Library("aten", "IMPL")
-    for key, kernel in zip(keys, kernels, strict=True):
-        override = _overriding(kernel, autograd=key.startswith("Autograd"))
-        library.impl("scaled_dot_product_attention", override, key, with_keyset=True)
+    with warnings.catch_warnings():
+        # That kernels are overridden is what the caller asked for.
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        for key, kernel in kernels.items():
+            if key in counted:
+                override = _counting(counted[key], kernel.call_boxed)
+            else:
+                override = _overriding(kernel, autograd=key.startswith("Autograd"))
+            library.impl("scaled_dot_product_attention", override, key, with_keyset=True)
     _library, _installed_for = library, device_type
+    jagged = functools.partial(_counting, "nested tensors")
+    _replacements.extend(
+        [
+            Replacement("torch.nn.attention.bias", "CausalBias._dispatch", _causal_bias),
+            Replacement("torch.nested._internal.ops", "jagged_scaled_dot_product_attention", jagged),
+        ]
+    )
 
 
 def _remove(index: int) -> None:
@@ -530,23 +495,38 @@ def _remove(index: int) -> None:
     if not _policies and _library is not None:
         _library._destroy()
         _library = None
+        while _replacements:
+            _replacements.pop().remove()
     _changed()
 
 
 def _changed() -> None:
     """What depends on the policy: the verdicts, what PyTorch's Python dispatcher remembers of the op from traces, and
     the keys of PyTorch's caches on disk."""
-    global _salt
     _entries.clear()
     _left.clear()
     getattr(torch.ops.aten.scaled_dot_product_attention.default, "_dispatch_cache", {}).clear()
+    _salt_caches()
+
+
+def _salt_caches() -> None:
+    """Graphs with and without this library's ops, or with those of another version, are not interchangeable, and the
+    keys of PyTorch's caches on disk do not see the difference."""
+    global _salt
     config: Any = torch.compiler.config
-    tag = config.cache_key_tag
-    if _salt is not None:
-        tag = tag.replace(_salt, "")
-    # Graphs with and without this library's ops are not interchangeable, and PyTorch's keys do not see the difference.
-    _salt = f";torch_flash2={__version__}:{_policies[-1]}:{policy.fingerprint()}" if _policies else None
-    config.cache_key_tag = tag + (_salt or "")
+    tag = config.cache_key_tag.replace(_salt, "")
+    _salt = f";torch_flash2={__version__}:{_schemas()}"
+    if _policies:
+        _salt += f":{_policies[-1]}:{policy.fingerprint()}"
+    config.cache_key_tag = tag + _salt
+
+
+@functools.cache
+def _schemas() -> str:
+    """Tells one set of the ops that graphs hold from another."""
+    names = ("forward", "backward", "append", "rotate", "causal_lower_right")
+    found = "".join(str(getattr(torch.ops.torch_flash2, name).default._schema) for name in names)
+    return hashlib.sha256(found.encode()).hexdigest()[:8]
 
 
 def _compiled_before() -> bool:
@@ -565,3 +545,6 @@ def sac_ops() -> list[Any]:
         "_scaled_dot_product_flash_attention_for_cpu",
     )
     return [torch.ops.torch_flash2.forward.default, *(getattr(torch.ops.aten, name).default for name in names)]
+
+
+_salt_caches()
