@@ -1,4 +1,4 @@
-"""PyTorch's context_parallel on several GPUs against one: `python -m benchmarks.context_parallel`.
+"""PyTorch's context_parallel on all GPUs against one: `--suite context_parallel`.
 
 Causal attention of 64k tokens, 32 query heads on 8, head dim 128, bf16: forward and backward of one process, and of one
 process a GPU with the sequence balanced among them, keys going round by all-to-all or gathered; the same with PyTorch's
@@ -9,7 +9,6 @@ H query heads, G key/value heads, S rows and keys of the whole sequence, D head 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -27,7 +26,7 @@ import torch_flash2
 from torch_flash2.frontends import context_parallel as frontend
 
 from .results import COLUMNS, Row, Table, environment
-from .runner import Options, device_name, say
+from .runner import Options, say
 
 ROTATIONS = ("alltoall", "allgather")
 Tensors = list[torch.Tensor]
@@ -227,31 +226,13 @@ def write(medians: dict[str, float], size: Size, world: int, device: torch.devic
     table.compact()
 
 
-def run(options: Options, world: int = 0, size: Size | None = None) -> None:
-    """All of it, on `world` processes: by default one for each GPU, or two on the CPU."""
+def run(options: Options) -> None:
+    """All of it, in a process for each GPU, or two on the CPU."""
     device_type = torch.device(options.device).type
-    world = world or (torch.cuda.device_count() if device_type == "cuda" else 2)
-    size = size or (Size() if device_type == "cuda" else Size(256, 4, 2, 32))
+    world, size = (torch.cuda.device_count(), Size()) if device_type == "cuda" else (2, Size(256, 4, 2, 32))
     # Multicast over NVLink is not to be had everywhere.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     with tempfile.TemporaryDirectory() as meet:
         arguments = (world, f"{meet}/meet", device_type, size, options.rounds, options.folder)
         torch.multiprocessing.spawn(work, arguments, world)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.context_parallel", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda", help="cpu: a dry run, tiny")
-    parser.add_argument("--gpus", type=int, default=0, help="by default all")
-    parser.add_argument("--seqlen", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--out", type=Path, help="by default benchmarks/results/<gpu>")
-    arguments = parser.parse_args()
-    size = None if arguments.device == "cpu" else Size(arguments.seqlen)
-    folder = arguments.out or Path(__file__).parent / "results" / device_name(arguments.device)
-    run(Options(device=arguments.device, out=folder, rounds=arguments.rounds), arguments.gpus, size)
-
-
-if __name__ == "__main__":
-    main()
