@@ -297,6 +297,6 @@ ValueError: k must have the cache's heads, head dim and dtype [2, 16] torch.floa
 ValueError: k must have a row for each of 2 sequences, got 1
 ValueError: cache_seqlens must be int32 [2], got torch.int64 [2]
 ValueError: k_cache must have contiguous last dimension, got stride 32
-ValueError: a paged KV cache has neither cache_batch_idx nor cache_leftpad
+ValueError: cache_batch_idx picks rows of a cache without pages: pick rows of block_table instead
 ValueError: query heads must be a multiple of key heads, got 3 and 2""",
     )

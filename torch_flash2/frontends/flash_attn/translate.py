@@ -32,7 +32,9 @@ class Options(NamedTuple):
     @property
     def mask(self) -> Mask:
         """Always bottom-right; a window's side below 0 is unlimited."""
-        left, right = (side if 0 <= side < masks.FAR else None for side in self.window_size)
+        given: Any = self.window_size
+        sides = given.tolist() if isinstance(given, torch.Tensor) else given
+        left, right = (side if 0 <= side < masks.FAR else None for side in sides)
         if self.causal:
             right = 0
         mask = Mask(align="bottom-right")
