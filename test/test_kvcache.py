@@ -231,6 +231,42 @@ def test_cache_of_v3() -> None:
     hold((wanted, wanted_lse, *wanted_caches), case, dict(causal=True))
 
 
+def seen(M: int, used: int, left: int, chunk: int) -> torch.Tensor:
+    """Which of 64 positions the rows of a sequence see, [M, 64]: causal, in chunks that are counted from `left`."""
+    place, n = torch.arange(M)[:, None] + used - M - left, torch.arange(64) - left
+    first = place.div(chunk, rounding_mode="floor") * chunk
+    return (n >= 0) & (n <= place) & (n >= first) & (n < first + chunk)
+
+
+@needs_pages
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
+def test_leftpad_of_v3(packed: bool, paged: bool) -> None:
+    """cache_leftpad with chunks, with pages of which cache_batch_idx picks rows, with packed queries."""
+    q, keys = randn(3, 4, 4, 32), randn(5, 64, 2, 32, seed=1)
+    values = torch.eye(64)[None, :, None].expand(5, -1, 2, -1).contiguous()
+    picked, used, left = [4, 0, 3], [11, 40, 64], [3, 9, 30]
+    caches, table = [keys, values], None
+    if paged:
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+        table = order.argsort().reshape(5, 4).int()
+        caches = [cache.reshape(20, 16, *cache.shape[2:])[order] for cache in caches]
+    rows = [4, 2, 3] if packed else [4, 4, 4]
+    options: dict[str, Any] = dict(cache_seqlens=used, cache_batch_idx=picked, cache_leftpad=left)
+    options = {name: torch.tensor(value, dtype=torch.int32) for name, value in options.items()}
+    if packed:
+        cu = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+        options.update(cu_seqlens_q=cu, max_seqlen_q=4)
+        q = torch.cat([q[b, :n] for b, n in enumerate(rows)])
+    found = flash_attn_interface.flash_attn_with_kvcache(
+        q, *caches, page_table=table, causal=True, attention_chunk=6, **options
+    )
+    parts = found.split(rows) if packed else found.unbind()
+    for b, part in enumerate(parts):
+        wanted = seen(rows[b], used[b], left[b], 6)
+        assert torch.equal(part[:, 0] > 0, wanted), b
+
+
 @needs_pages
 @pytest.mark.parametrize("device", DEVICES)
 def test_varlen_pages(device: str) -> None:
