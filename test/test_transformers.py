@@ -211,11 +211,12 @@ def test_bf16(name: str, padding: str) -> None:
     compare(make(name, "cuda"), *inputs_of(name, padding), torch.bfloat16)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 @pytest.mark.parametrize("batch", [1, B])
-def test_packed(name: str, batch: int, calls: list[Any]) -> None:
+def test_packed(name: str, batch: int, device: str, calls: list[Any]) -> None:
     """Sequences that begin anew in a row are packed, and do not see one another."""
-    model = make(name)
+    model = make(name, device)
     inputs, _ = inputs_of(name, "none")
     ids = inputs["input_ids"][:batch]
     positions = torch.cat([torch.arange(4), torch.arange(1), torch.arange(12)]).repeat(batch, 1)
@@ -224,7 +225,8 @@ def test_packed(name: str, batch: int, calls: list[Any]) -> None:
     assert calls and all(isinstance(mask, Mask) and lengths.cu_q is not None for mask, lengths, _ in calls)
     assert all(lengths.cu_q.tolist()[:4] == [0, 4, 5, 17] for _, lengths, _ in calls)
     # What a data collator says of the lengths is the same.
-    edges = torch.tensor([0, 4, 5, 17], dtype=torch.int32)
+    edges = torch.tensor([0, 4, 5, 17], dtype=torch.int32, device=device)
+    inputs = dict(inputs, input_ids=ids.to(device), position_ids=positions.to(device))
     if batch == 1:
         told = model(**inputs, cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=12, max_length_k=12).logits
         torch.testing.assert_close(told, model(**inputs).logits)
@@ -430,6 +432,24 @@ def test_generate_compiled(name: str) -> None:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1]
     assert torch.equal(generated[NAME], generated["eager"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama"])
+def test_generate_compiled_on_a_gpu(name: str, calls: list[Any]) -> None:
+    """As generate() compiles by itself where there is a GPU: Inductor, with CUDA graphs."""
+    model = make(name, "cuda")
+    ids, keep = inputs_of(name, "none")[0]["input_ids"].cuda(), padding_of("none").cuda()
+    generated = {}
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        generated[implementation] = model.generate(
+            ids, attention_mask=keep, max_new_tokens=8, do_sample=False, cache_implementation="static"
+        )
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert calls and torch.equal(generated[NAME], generated["eager"])
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
