@@ -14,6 +14,7 @@ import torch
 from test_flash_attn import DEVICES, message, randn
 
 from torch_flash2 import UnsupportedError, flash_attn, flash_attn_interface
+from torch_flash2.frontends.flash_attn import translate
 
 
 def rotate(x: torch.Tensor, position: int, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -284,6 +285,18 @@ def test_varlen_pages(device: str) -> None:
     found = flash_attn.flash_attn_varlen_func(q, *pages, cu_q, cu_k, 7, 31, block_table=table, **options)
     for a, b in zip(found, flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 31, **options), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_num_splits_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As given; 0 leaves them to the library. In each interface."""
+    made = []
+    call = translate._call
+    monkeypatch.setattr(translate, "_call", lambda *arguments: made.append(call(*arguments)) or made[-1])
+    q, cache = randn(2, 1, 4, 16), randn(2, 8, 2, 16)
+    for module in (flash_attn, flash_attn_interface):
+        for splits in (0, 3):
+            module.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=5, num_splits=splits)
+    assert [call.num_splits for call in made] == [None, 3, None, 3]
 
 
 def test_cache_compiles() -> None:
