@@ -138,7 +138,7 @@ def attend_cache(
     rows = query.tensor
     if rotary is not None:
         # Without a band all rows see the same keys, and stand at one position.
-        rows = rotary.turn(query, steps=bool(options.mask.bands))
+        rows = rotary.turn(query, steps=len(options.mask.bands) > 0)
     if used is None and (query.cu is not None or cache.pages is not None or cache.leftpad is not None):
         count = rows.shape[0] if query.cu is None else query.cu.shape[0] - 1
         used = torch.full((count,), cache.capacity, dtype=torch.int32, device=rows.device)
