@@ -17,7 +17,9 @@ for version in "${@:-2.11.0}"; do
     fi
     log=$(mktemp)
     CI=1 "$home/bin/python" -m pytest -q -p no:cacheprovider test/test_ops.py test/test_direct.py test/test_sdpa.py \
-        test/test_sdpa_promises.py test/test_sdpa_distributed.py test/test_registry.py test/test_enable.py test/test_policy.py -m "not interpreter and not compile" 2>&1 | tee "$log"
+        test/test_sdpa_promises.py test/test_sdpa_distributed.py test/test_registry.py test/test_enable.py \
+        test/test_policy.py test/test_context_parallel.py test/test_flash_attn.py test/test_kvcache.py \
+        -m "not interpreter and not compile" 2>&1 | tee "$log"
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("torch $version")
     summaries+=("torch $version: $(tail -n 1 "$log")")
 done

@@ -39,7 +39,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", parents=[common], help="measure suites (the default)")
-    run.add_argument("--suite", type=words, required=True, help="forward,backward,features,memory,decode")
+    run.add_argument(
+        "--suite",
+        type=words,
+        required=True,
+        help="forward,backward,features,models,memory,decode,matrix,train,kvcache,context_parallel",
+    )
     run.add_argument("--ours", type=words, default=("torch_flash2",), help="see providers.py")
     run.add_argument("--against", type=words, help="peers; by default those of each case")
     run.add_argument("--without", type=words, default=(), help="peers to leave out")

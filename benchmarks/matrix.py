@@ -1,4 +1,4 @@
-"""The rate of PyTorch's own matrix product, the level that attention is held against: `python -m benchmarks.matrix`.
+"""The rate of PyTorch's own matrix product, the level that attention is held against: `--suite matrix`.
 
 Windows of a few milliseconds have pauses between them: the suites, which alternate between providers, do not load the
 GPU steadily either. It appends to benchmarks/results/<gpu>/matrix.csv, from which the charts take their dashed line.
@@ -6,15 +6,13 @@ GPU steadily either. It appends to benchmarks/results/<gpu>/matrix.csv, from whi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
 from .results import COLUMNS, Row, Table, environment
-from .runner import device_name
+from .runner import Options
 
 SIZE = 8192
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,19 +43,11 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.matrix", description=__doc__.split("\n")[0])
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--out", type=Path, help="by default benchmarks/results/<gpu>")
-    arguments = parser.parse_args()
-    folder = arguments.out or Path(__file__).parent / "results" / device_name("cuda")
-    table = Table(folder / "matrix.csv", COLUMNS)
-    row = measure(torch.device("cuda"), arguments.dtype, SIZE, arguments.rounds)
+def run(options: Options) -> None:
+    """The rate of the options' dtype; windows by the dozen, since each is short."""
+    device = torch.device(options.device)
+    row = measure(device, options.dtype, SIZE if device.type == "cuda" else 64, 5 * options.rounds)
+    table = Table(options.folder / "matrix.csv", COLUMNS)
     table.append(row)
     table.compact()
-    print(",".join(row.get(name, "") for name in COLUMNS))
-
-
-if __name__ == "__main__":
-    main()
+    print(f"matrix product, {options.dtype}: {row['tflops']} TFLOP/s", flush=True)

@@ -102,6 +102,16 @@ def train_table(rows: list[Row]) -> str:
     return _table(["step", "attn_implementation", "ms", "x ours", "peak MiB"], lines)
 
 
+def context_parallel_table(rows: list[Row]) -> str:
+    """Forward and backward over several GPUs, and how many times as fast as on one with the same kernels."""
+    alone = {row["provider"].removesuffix(" x1"): float(row["ms"]) for row in rows if row["provider"].endswith(" x1")}
+    lines = []
+    for row in rows:
+        over = alone[row["provider"].partition(" ")[0]] / float(row["ms"])
+        lines.append([row["case"], row["provider"], f"{float(row['ms']):.1f}", row["tflops"], f"{over:.2f}"])
+    return _table(["case", "kernels, GPUs, rotation", "ms", "TFLOP/s", "x one"], lines)
+
+
 def feature_table(rows: list[Row], ratios: list[Row]) -> str:
     """One line for each case and provider, forward and backward beside each other."""
     lines = []
@@ -265,6 +275,8 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         elif path.stem == "kvcache":
             lines = [[row["case"], row["provider"], f"{float(row['ms']):.3f}", row["gbps"]] for row in rows]
             texts[path.stem] = f"{_table(['step', 'provider', 'ms', 'GB/s'], lines)}\n\n{source}"
+        elif path.stem == "context_parallel":
+            texts[path.stem] = f"{context_parallel_table(rows)}\n\n{source}"
         elif path.stem == "memory":
             texts[path.stem] = f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
         elif path.stem == "decode":

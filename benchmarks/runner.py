@@ -6,6 +6,7 @@ B batch, H query heads, S rows and keys
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import sys
 import warnings
@@ -17,7 +18,7 @@ from . import check, data, providers, timing
 from .providers import Provider, RefusedError
 from .report import console
 from .results import COLUMNS, RATIO_COLUMNS, Row, Table, environment
-from .suites import Group, Shape, suite
+from .suites import MODULES, Group, Shape, suite
 from .timing import Entry, Ratio
 
 
@@ -60,6 +61,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def progress(suite: str, number: int, count: int, what: str) -> None:
+    """A bar of what is done, `number` being under way."""
+    done = 20 * (number - 1) // count
+    say(f"{suite} [{'#' * done}{'.' * (20 - done)}] {number}/{count} {what}")
+
+
 def reason(error: Exception, caught: list[warnings.WarningMessage]) -> str:
     """Why a provider could not run, on one line; SDPA says it in warnings."""
     text = str(error) or type(error).__name__
@@ -93,7 +100,7 @@ class Run:
         )
         for number, group in enumerate(groups, 1):
             names = ", ".join(shape.name for shape in group.shapes)
-            say(f"{self.name} {number}/{len(groups)} {group.shapes[0].direction}: {names}")
+            progress(self.name, number, len(groups), f"{group.shapes[0].direction}: {names}")
             self.group(group)
         self.table.compact()
         self.ratio_table.compact()
@@ -254,10 +261,15 @@ def run(suites: list[str], options: Options) -> None:
     Raises:
         ValueError: a suite or provider has no such name.
     """
-    for provider in (*options.ours, *(options.against or ())):
-        providers.label(provider)
+    # An attn_implementation of the train suite is no provider.
+    if not set(suites) <= set(MODULES):
+        for provider in (*options.ours, *(options.against or ())):
+            providers.label(provider)
     for name in suites:
-        _kind(name)(name, options)()
+        if name in MODULES:
+            importlib.import_module(f".{name}", __package__).run(options)
+        else:
+            _kind(name)(name, options)()
 
 
 def _kind(name: str) -> type[Run]:

@@ -18,6 +18,8 @@ from torch_flash2.testing import CASES, Case
 
 DIRECTIONS = ("forward", "backward")
 SUITES = (*DIRECTIONS, "features", "models", "memory", "decode")
+# Suites that are modules of their own, each with `run(options)`.
+MODULES = ("matrix", "train", "kvcache", "context_parallel")
 GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 GRID_HEAD_DIMS = (64, 128, 256)
 _TERM = re.compile(r"full|causal|window\((-|\d+), (-|\d+)\)")
@@ -250,7 +252,7 @@ def suite(name: str, *, dtype: str = "bf16", quick: bool = False, pattern: str =
     elif name == "decode":
         groups = _decode()
     else:
-        raise ValueError(f"the suites are {', '.join(SUITES)}, got {name!r}")
+        raise ValueError(f"the suites are {', '.join(SUITES + MODULES)}, got {name!r}")
     groups = [g for g in groups if any(re.search(pattern, shape.name) for shape in g.shapes)]
     if tiny:
         return [Group(tuple(shape.tiny() for shape in g.shapes), g.peers) for g in groups]

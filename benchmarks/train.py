@@ -1,17 +1,18 @@
-"""Training steps of transformers' Gemma2, each attn_implementation beside the others: `python -m benchmarks.train`.
+"""Training steps of transformers' Gemma2, each attn_implementation beside the others: `--suite train`.
 
 The shapes are Gemma2-2B's (hidden 2304, 8 query heads on 4, head dim 256, softcap 50, window 4096), with fewer layers
-and a smaller vocabulary, so that eager's scores fit; weights are random. It appends to
-benchmarks/results/<gpu>/train.csv.
+and a smaller vocabulary, so that eager's scores fit; weights are random. Loss and gradients are checked before they are
+timed. It appends to benchmarks/results/<gpu>/train.csv.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import os
+import re
 import statistics
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 import torch_flash2
 
 from .results import COLUMNS, Row, Table, environment
-from .runner import device_name
+from .runner import Options, progress, say
 
 IMPLEMENTATIONS = ("torch_flash2", "eager", "sdpa", "flex_attention")
 
@@ -29,7 +30,9 @@ def model_of(layers: int, device: torch.device, tiny: bool) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    sizes = dict(hidden_size=64, intermediate_size=96, head_dim=32) if tiny else dict(hidden_size=2304)
+    sizes: dict[str, int] = dict(hidden_size=2304)
+    if tiny:
+        sizes = dict(hidden_size=64, intermediate_size=96, head_dim=32, sliding_window=48)
     config = Gemma2Config(
         **sizes, vocab_size=16384, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
         max_position_embeddings=16384, use_cache=False, attn_implementation="eager",
@@ -47,57 +50,89 @@ def step_of(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def time(step: Callable[[], None], rounds: int, device: torch.device) -> tuple[float, float]:
-    """Median milliseconds of a step after two that are not counted, and the peak memory of one in MiB."""
-    for _ in range(2):
-        step()
-    torch.cuda.reset_peak_memory_stats(device)
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times), torch.cuda.max_memory_allocated(device) / 2**20
+def results(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The loss, and the gradient of every parameter."""
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    model.zero_grad(set_to_none=True)
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--against", default=",".join(IMPLEMENTATIONS[1:]), help="attn_implementations beside ours")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seqlen", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="by default benchmarks/results/<gpu>")
-    arguments = parser.parse_args()
-    device = torch.device("cuda")
-    folder = arguments.out or Path(__file__).parent / "results" / device_name("cuda")
-    table = Table(folder / "train.csv", COLUMNS)
+def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> tuple[float, float]:
+    """Of the loss, and the norm of all gradients' errors over that of the gradients."""
+    pairs = list(zip(found[1:], wanted[1:], strict=True))
+    off = sum(float((a.float() - b).square().sum()) for a, b in pairs)
+    whole = sum(float(b.square().sum()) for _, b in pairs)
+    return float((found[0] - wanted[0]).abs() / wanted[0].abs()), (off / whole) ** 0.5
+
+
+def time_of(step: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds of a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def run(options: Options) -> None:
+    """All implementations, in the same rounds, once each is within twice eager's own error against fp32."""
+    device = torch.device(options.device)
+    tiny = device.type != "cuda"
+    layers, seqlen = (2, 128) if tiny else (4, 8192)
+    peers = IMPLEMENTATIONS[1:] if options.against is None else options.against
+    names = [IMPLEMENTATIONS[0], *(re.sub("^flex$", "flex_attention", name) for name in peers)]
     torch_flash2.transformers.register()
     torch.manual_seed(0)
-    model = model_of(arguments.layers, device, tiny=False)
-    tokens = torch.randint(16384, (1, arguments.seqlen), device=device)
-    ours = None
-    for name in (IMPLEMENTATIONS[0], *filter(None, arguments.against.split(","))):
+    model = model_of(layers, device, tiny)
+    tokens = torch.randint(16384, (1, seqlen), device=device)
+
+    exact = copy.deepcopy(model).float()
+    wanted = results(exact, tokens)
+    del exact
+    allowed = [2 * value + 2**-9 for value in error(results(model, tokens), wanted)]
+    peaks: dict[str, float] = {}
+    for number, name in enumerate(names, 1):
+        progress("train", number, len(names), name)
         try:
             model.set_attn_implementation(name)
-            ms, peak = time(step_of(model, tokens), arguments.rounds, device)
-        except (RuntimeError, ValueError) as error:
-            # "sdpa" refuses softcap; eager may run out of memory.
-            print(f"{name}: refused, {str(error).splitlines()[0][:100]}")
+            found = error(results(model, tokens), wanted)
+        except (RuntimeError, ValueError) as refusal:
+            # "sdpa" has no softcap, and says so or not.
+            say(f"  refused: {str(refusal).splitlines()[0][:100]}")
             model.zero_grad(set_to_none=True)
             continue
-        ours = ours or ms
+        if any(a > b for a, b in zip(found, allowed, strict=True)):
+            say(f"  wrong: errors of loss and gradients {found}, allowed are {allowed}")
+            continue
+        peaks[name] = peak_mib(step_of(model, tokens), device)
+
+    times: dict[str, list[float]] = {name: [] for name in peaks}
+    for _ in range(options.rounds):
+        for name, taken in times.items():
+            model.set_attn_implementation(name)
+            taken.append(time_of(step_of(model, tokens), device))
+    table = Table(options.folder / "train.csv", COLUMNS)
+    ours = statistics.median(times.get(IMPLEMENTATIONS[0], [float("nan")]))
+    for name, taken in times.items():
+        ms = statistics.median(taken)
         row: Row = environment(device) | {
-            "suite": "train", "case": f"gemma2-l{arguments.layers}-s{arguments.seqlen}", "direction": "both",
-            "dtype": "bf16", "head_dim": "256", "causal": "1", "seqlen": str(arguments.seqlen), "provider": name,
-            "ms": f"{ms:.3f}", "peak_mib": f"{peak:.1f}",
+            "suite": "train", "case": f"gemma2-l{layers}-s{seqlen}", "direction": "both", "dtype": "bf16",
+            "head_dim": "256", "causal": "1", "seqlen": str(seqlen), "provider": name, "ms": f"{ms:.3f}",
+            "peak_mib": f"{peaks[name]:.1f}",
         }  # fmt: skip
         table.append(row)
-        print(f"{name}: {ms:.1f} ms, {ms / ours:.2f}x ours, peak {peak:.0f} MiB", flush=True)
+        print(f"{name}: {ms:.1f} ms, {ms / ours:.2f}x ours, peak {peaks[name]:.0f} MiB", flush=True)
     table.compact()
 
 
-if __name__ == "__main__":
-    main()
+def peak_mib(step: Callable[[], None], device: torch.device) -> float:
+    """The most memory that a step holds, the model included; 0 where nobody counts it."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) / 2**20

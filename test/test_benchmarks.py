@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, check, data, kvcache, matrix, providers, report, results, runner, suites, tune
+from benchmarks import (
+    __main__,
+    check,
+    context_parallel,
+    data,
+    kvcache,
+    matrix,
+    providers,
+    report,
+    results,
+    runner,
+    suites,
+    tune,
+)
 from benchmarks.results import COLUMNS, RATIO_COLUMNS, Table
 
 CPU = torch.device("cpu")
@@ -327,12 +340,50 @@ def test_matrix_rate_is_a_dashed_line(tmp_path: Path) -> None:
     assert float(row["tflops"]) == pytest.approx(2 * 64**3 / float(row["ms"]) / 1e9, abs=0.06)
 
 
-def test_kvcache_step() -> None:
+def test_modules_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The suites that are modules, on the CPU: each writes its table, which the report draws."""
+    run(tmp_path, "--suite", "matrix,kvcache", "--dtype", "fp32")
+    assert [row["provider"] for row in read(tmp_path / "matrix.csv")] == ["matmul"]
+    rows = read(tmp_path / "kvcache.csv")
+    assert [row["case"] for row in rows] == ["copy", "llama-b3-rows", "llama-b3-page64", "llama-b3-page256"]
+    run(tmp_path, "--suite", "context_parallel")
+    ways = ["torch_flash2 x1", "sdpa x1", "torch_flash2 x2 alltoall", "torch_flash2 x2 allgather"]
+    assert [row["provider"] for row in read(tmp_path / "context_parallel.csv")] == ways
+    texts, _ = report.sections(tmp_path)
+    assert "| torch_flash2 x2 allgather |" in texts["context_parallel"] and "| llama-b3-page64 |" in texts["kvcache"]
+    assert "[#############.......] 3/3 llama-b3-page256" in capsys.readouterr().err
+
+
+def test_train_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    run(tmp_path, "--suite", "train", "--against", "eager,sdpa")
+    # "sdpa" has no softcap: its gradients are others.
+    assert [row["provider"] for row in read(tmp_path / "train.csv")] == ["torch_flash2", "eager"]
+
+
+def test_kvcache_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step attends to what was there and the new token; its bytes are those of keys and values."""
-    step, size = kvcache.step_of(2, 128, None, CPU)
-    assert step().shape == (2, 1, kvcache.H, kvcache.D)
-    taken = torch.randint(8, 127, (2,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    assert size == int((taken + 1).sum()) * 2 * 8 * 128 * 2
+    for page in (None, 64):
+        step = kvcache.Step(kvcache.caches_of(2, 128, page, CPU), 128)
+        assert step().shape == (2, 1, kvcache.H, kvcache.D)
+        taken = torch.randint(8, 127, (2,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        assert step.caches.bytes == int((taken + 1).sum()) * 2 * 8 * 128 * 2
+        step.check(range(2))
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="sequence 0 is wrong"):
+            patch.setattr(kvcache, "flash_attn_with_kvcache", lambda q, *a, **k: q)
+            step.check(range(2))
+
+
+def test_context_parallel_notices() -> None:
+    """The fp32 standard, computed in pieces, is math's; an error beyond the bound raises."""
+    tensors = [torch.randn(1, heads, 100, 16) for heads in (4, 2, 2, 4)]
+    wanted = context_parallel.exact(tensors, 32)
+    found = context_parallel.step(tensors, context_parallel.stock)
+    assert max(context_parallel.errors(found, wanted)) < 1e-5
+    context_parallel.check("right", found, wanted, [1e-5] * 4, 0)
+    found[2] = found[2] * 1.01
+    with pytest.raises(RuntimeError, match="late is wrong: errors of out, dQ, dK, dV"):
+        context_parallel.check("late", found, wanted, [1e-5] * 4, 0)
 
 
 def test_train_table(tmp_path: Path) -> None:

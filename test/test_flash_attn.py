@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import torch_flash2
 from torch_flash2 import UnsupportedError, flash_attn, flash_attn_interface, masks
-from torch_flash2.frontends.flash_attn import padding
+from torch_flash2.frontends.flash_attn import padding, rotary
 from torch_flash2.oracle import Inputs
 from torch_flash2.testing import Case, check
 
@@ -75,6 +75,9 @@ V3 = {
 }
 
 
+ROTARY = "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None"
+
+
 def signature(function: Callable[..., Any]) -> str:
     """Names, kinds and defaults of the parameters."""
     found = inspect.signature(function)
@@ -85,6 +88,7 @@ def signature(function: Callable[..., Any]) -> str:
 @pytest.mark.parametrize("module, recorded", [(flash_attn, V2), (flash_attn_interface, V3)], ids=["v2", "v3"])
 def test_signatures(module: ModuleType, recorded: dict[str, str]) -> None:
     assert {name: signature(getattr(module, name)) for name in recorded} == recorded
+    assert signature(rotary.apply_rotary_emb) == ROTARY
 
 
 # Against math, through testing.check: out, lse and all gradients.
@@ -240,7 +244,7 @@ def test_packed_forms_of_v3() -> None:
 
 @pytest.mark.parametrize("varlen", [False, True])
 def test_probabilities(varlen: bool) -> None:
-    """S_dmask: |S| is the softmax, and its signs are the dropout that the output has."""
+    """S_dmask, as upstream's tests read it: |S| is exp(score - row's largest), its signs are the output's dropout."""
     q, k, v = randn(2, 9, 4, 16), randn(2, 11, 2, 16, seed=1), randn(2, 11, 2, 16, seed=2)
     torch.manual_seed(0)
     if varlen:
@@ -254,8 +258,10 @@ def test_probabilities(varlen: bool) -> None:
         out, _, S = flash_attn.flash_attn_func(q, k, v, 0.5, causal=True, return_attn_probs=True)
     score = (q.transpose(1, 2) @ k.repeat_interleave(2, 2).permute(0, 2, 3, 1)) / 4
     visible = torch.ones(9, 11, dtype=torch.bool).tril(2)
-    torch.testing.assert_close(S.abs(), score.masked_fill(~visible, -torch.inf).softmax(-1))
-    kept = S.clamp(min=0) / 0.5
+    score = score.masked_fill(~visible, -torch.inf)
+    largest, total = score.amax(-1, keepdim=True), score.logsumexp(-1, keepdim=True)
+    torch.testing.assert_close(S.abs(), (score - largest).exp())
+    kept = S.clamp(min=0) * (largest - total).exp() / 0.5
     torch.testing.assert_close(out.transpose(1, 2), kept @ v.repeat_interleave(2, 2).transpose(1, 2))
     assert 0.3 < (S < 0).sum() / visible.sum() / 8 < 0.7
 
@@ -351,7 +357,8 @@ def test_install() -> None:
         "import flash_attn, flash_attn_interface\n"
         "from flash_attn import flash_attn_func\n"
         "from flash_attn.bert_padding import pad_input, unpad_input\n"
-        "from flash_attn.flash_attn_interface import flash_attn_varlen_func\n"
+        "from flash_attn.flash_attn_interface import _get_block_size_n, flash_attn_varlen_func\n"
+        "from flash_attn.layers.rotary import apply_rotary_emb\n"
         "from flash_attn_interface import flash_attn_with_kvcache as three\n"
         "assert flash_attn_func is torch_flash2.flash_attn.flash_attn_func is flash_attn.flash_attn_func\n"
         "assert three is torch_flash2.flash_attn_interface.flash_attn_with_kvcache\n"
@@ -382,6 +389,34 @@ def test_install_leaves_the_real_one() -> None:
 torch_flash2: flash_attn is imported already and stays what it is
 torch_flash2: `import flash_attn_interface` now finds torch_flash2.flash_attn_interface""",
     )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(interleaved: bool) -> None:
+    """Rows as complex numbers, turned by the angle of their place; packed ones likewise; with its gradient."""
+    angle = torch.outer(torch.arange(40.0), 1.5 ** -torch.arange(4.0))
+    cos, sin = angle.cos(), angle.sin()
+    x, offsets = randn(2, 7, 3, 12).requires_grad_(), torch.tensor([5, 0], dtype=torch.int32)
+    real, imaginary = (x[..., :8:2], x[..., 1:8:2]) if interleaved else x[..., :8].chunk(2, -1)
+    turned = (
+        torch.complex(real, imaginary)
+        * torch.polar(torch.ones(40, 4), angle)[offsets[:, None] + torch.arange(7)][:, :, None]
+    )
+    pair = turned.real, turned.imag
+    wanted = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    wanted = torch.cat([wanted, x[..., 8:]], -1)
+    found = rotary.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offsets)
+    torch.testing.assert_close(found, wanted)
+    upstream = randn(2, 7, 3, 12, seed=1)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream, retain_graph=True) for out in (found, wanted)))
+    cu = torch.tensor([0, 7, 14], dtype=torch.int32)
+    packed = x.detach().flatten(0, 1).clone()
+    again = rotary.apply_rotary_emb(packed, cos, sin, interleaved, True, offsets, cu, 7)
+    assert again is packed and torch.equal(packed, found.detach().flatten(0, 1))
+    one = rotary.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=5)
+    assert torch.equal(one[:1], found[:1]) and not torch.equal(one[1:], found[1:])
+    with pytest.raises(ValueError, match="R <= 12, got"):
+        rotary.apply_rotary_emb(x, cos.repeat(1, 2), sin.repeat(1, 2))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4))

@@ -14,6 +14,7 @@ import torch
 from test_flash_attn import DEVICES, message, randn
 
 from torch_flash2 import UnsupportedError, flash_attn, flash_attn_interface
+from torch_flash2.frontends.flash_attn import translate
 
 
 def rotate(x: torch.Tensor, position: int, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -231,6 +232,42 @@ def test_cache_of_v3() -> None:
     hold((wanted, wanted_lse, *wanted_caches), case, dict(causal=True))
 
 
+def seen(M: int, used: int, left: int, chunk: int) -> torch.Tensor:
+    """Which of 64 positions the rows of a sequence see, [M, 64]: causal, in chunks that are counted from `left`."""
+    place, n = torch.arange(M)[:, None] + used - M - left, torch.arange(64) - left
+    first = place.div(chunk, rounding_mode="floor") * chunk
+    return (n >= 0) & (n <= place) & (n >= first) & (n < first + chunk)
+
+
+@needs_pages
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("paged", [False, True])
+def test_leftpad_of_v3(packed: bool, paged: bool) -> None:
+    """cache_leftpad with chunks, with pages of which cache_batch_idx picks rows, with packed queries."""
+    q, keys = randn(3, 4, 4, 32), randn(5, 64, 2, 32, seed=1)
+    values = torch.eye(64)[None, :, None].expand(5, -1, 2, -1).contiguous()
+    picked, used, left = [4, 0, 3], [11, 40, 64], [3, 9, 30]
+    caches, table = [keys, values], None
+    if paged:
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+        table = order.argsort().reshape(5, 4).int()
+        caches = [cache.reshape(20, 16, *cache.shape[2:])[order] for cache in caches]
+    rows = [4, 2, 3] if packed else [4, 4, 4]
+    options: dict[str, Any] = dict(cache_seqlens=used, cache_batch_idx=picked, cache_leftpad=left)
+    options = {name: torch.tensor(value, dtype=torch.int32) for name, value in options.items()}
+    if packed:
+        cu = torch.tensor([0, 4, 6, 9], dtype=torch.int32)
+        options.update(cu_seqlens_q=cu, max_seqlen_q=4)
+        q = torch.cat([q[b, :n] for b, n in enumerate(rows)])
+    found = flash_attn_interface.flash_attn_with_kvcache(
+        q, *caches, page_table=table, causal=True, attention_chunk=6, **options
+    )
+    parts = found.split(rows) if packed else found.unbind()
+    for b, part in enumerate(parts):
+        wanted = seen(rows[b], used[b], left[b], 6)
+        assert torch.equal(part[:, 0] > 0, wanted), b
+
+
 @needs_pages
 @pytest.mark.parametrize("device", DEVICES)
 def test_varlen_pages(device: str) -> None:
@@ -248,6 +285,18 @@ def test_varlen_pages(device: str) -> None:
     found = flash_attn.flash_attn_varlen_func(q, *pages, cu_q, cu_k, 7, 31, block_table=table, **options)
     for a, b in zip(found, flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 31, **options), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_num_splits_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As given; 0 leaves them to the library. In each interface."""
+    made = []
+    call = translate._call
+    monkeypatch.setattr(translate, "_call", lambda *arguments: made.append(call(*arguments)) or made[-1])
+    q, cache = randn(2, 1, 4, 16), randn(2, 8, 2, 16)
+    for module in (flash_attn, flash_attn_interface):
+        for splits in (0, 3):
+            module.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=5, num_splits=splits)
+    assert [call.num_splits for call in made] == [None, 3, None, 3]
 
 
 def test_cache_compiles() -> None:
@@ -297,6 +346,6 @@ ValueError: k must have the cache's heads, head dim and dtype [2, 16] torch.floa
 ValueError: k must have a row for each of 2 sequences, got 1
 ValueError: cache_seqlens must be int32 [2], got torch.int64 [2]
 ValueError: k_cache must have contiguous last dimension, got stride 32
-ValueError: a paged KV cache has neither cache_batch_idx nor cache_leftpad
+ValueError: cache_batch_idx picks rows of a cache without pages: pick rows of block_table instead
 ValueError: query heads must be a multiple of key heads, got 3 and 2""",
     )

@@ -45,6 +45,12 @@ DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
              attention_chunk_size=WINDOW,
              layer_types=["chunked_attention", "full_attention"]),
     ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM", "DeepseekV3Config",
+        dict({key: value for key, value in _DECODER.items() if key != "head_dim"}, num_key_value_heads=4,
+             q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+             first_k_dense_replace=2),
+    ),
     "gpt2": (
         "GPT2LMHeadModel", "GPT2Config",
         dict(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=None,
@@ -152,12 +158,15 @@ def compare(model: Any, inputs: dict[str, Any], counts: torch.Tensor, dtype: tor
         exact = run("eager", torch.float64)
     eager, ours = run("eager", dtype), run(NAME, dtype)
     assert ours.keys() == exact.keys()
+    # Products of fp32 on a GPU keep 22 bits.
+    on_gpu = next(model.parameters()).is_cuda
+    unit = 2**-21 if on_gpu and dtype == torch.float32 else torch.finfo(dtype).eps
     steepest = max(value.abs().max() for name, value in exact.items() if name != "logits")
     for name, value in exact.items():
         allowed = (eager[name] - value).abs().max()
         # The gradient of a key's bias is rounding alone.
         scale = steepest if name.endswith("bias") else 0
-        noise = 4 * torch.finfo(dtype).eps * max(value.abs().max(), scale)
+        noise = 4 * unit * max(value.abs().max(), scale)
         error = (ours[name] - value).abs().max()
         assert error <= 2 * allowed + noise, f"{name}: {error:.2e}, eager has {allowed:.2e}"
 
@@ -182,9 +191,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, Any]]:
 def test_padding(name: str, padding: str, device: str, calls: list[Any]) -> None:
     compare(make(name, device), *inputs_of(name, padding), torch.float32)
     if padding != "holes" and name not in ("llama4", "t5"):
-        # Bands and lengths, no dense masks; gpt-oss does not lay its keys out row by row, so that padding on the left
-        # is a mask of columns.
-        columns = name == "gpt-oss" and padding == "left"
+        # Bands and lengths, no dense masks; these do not lay their keys out row by row, so that padding on the left is
+        # a mask of columns.
+        columns = name in ("gpt-oss", "deepseek-v3") and padding == "left"
         assert calls and all(isinstance(mask, Mask) != columns for mask, _, _ in calls)
         assert all((lengths.used_k is None) == (padding == "none" or columns) for _, lengths, _ in calls)
         assert all((lengths.cu_k is None) == (padding != "left" or columns) for _, lengths, _ in calls)
@@ -205,11 +214,12 @@ def test_bf16(name: str, padding: str) -> None:
     compare(make(name, "cuda"), *inputs_of(name, padding), torch.bfloat16)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
 @pytest.mark.parametrize("batch", [1, B])
-def test_packed(name: str, batch: int, calls: list[Any]) -> None:
+def test_packed(name: str, batch: int, device: str, calls: list[Any]) -> None:
     """Sequences that begin anew in a row are packed, and do not see one another."""
-    model = make(name)
+    model = make(name, device)
     inputs, _ = inputs_of(name, "none")
     ids = inputs["input_ids"][:batch]
     positions = torch.cat([torch.arange(4), torch.arange(1), torch.arange(12)]).repeat(batch, 1)
@@ -218,7 +228,8 @@ def test_packed(name: str, batch: int, calls: list[Any]) -> None:
     assert calls and all(isinstance(mask, Mask) and lengths.cu_q is not None for mask, lengths, _ in calls)
     assert all(lengths.cu_q.tolist()[:4] == [0, 4, 5, 17] for _, lengths, _ in calls)
     # What a data collator says of the lengths is the same.
-    edges = torch.tensor([0, 4, 5, 17], dtype=torch.int32)
+    edges = torch.tensor([0, 4, 5, 17], dtype=torch.int32, device=device)
+    inputs = dict(inputs, input_ids=ids.to(device), position_ids=positions.to(device))
     if batch == 1:
         told = model(**inputs, cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=12, max_length_k=12).logits
         torch.testing.assert_close(told, model(**inputs).logits)
@@ -238,15 +249,134 @@ def test_lengths_of_a_collator(calls: list[Any]) -> None:
         torch.testing.assert_close(found[:, start:stop], wanted)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_unpadded(device: str, calls: list[Any]) -> None:
+    """ModernBERT on sequences laid end to end, of which cumulative lengths tell: as padded, one by one."""
+    model = make("modernbert", device)
+    inputs, counts = inputs_of("modernbert", "right")
+    padded = {name: tensor.to(device) for name, tensor in inputs.items()}
+    model.set_attn_implementation("eager")
+    wanted = model(**padded).logits[counts.to(device)]
+    model.set_attn_implementation(NAME)
+    lengths = counts.sum(1)
+    edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    places = torch.cat([torch.arange(int(n)) for n in lengths])[None]
+    told = dict(
+        cu_seq_lens_q=edges, cu_seq_lens_k=edges, position_ids=places, input_ids=inputs["input_ids"][counts][None]
+    )
+    found = model(**{name: tensor.to(device) for name, tensor in told.items()}).logits[0]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert {str(mask) for mask, _, _ in calls} == {"full @ bottom-right", "window(4, 4) @ bottom-right"}
+    assert all(lengths.cu_q is not None for _, lengths, _ in calls)
+
+
 def test_packed_with_a_bias() -> None:
     """A bias has rows of its own: packed sequences are then a dense mask."""
     q = torch.randn(2, 4, 9, 8)
     ids = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
-    spans = frontend._of_documents(torch_flash2.masks.causal(), ids)
+    spans = frontend.Spans(torch_flash2.masks.causal(), documents=frontend.Documents(ids))
     bias = torch.randn(1, 4, 9, 9)
     found, _ = frontend.attend(torch.nn.Module(), q, q, q, spans, position_bias=bias)
     same = (ids[:, :, None] == ids[:, None, :])[:, None] & torch.ones(9, 9, dtype=torch.bool).tril()
     torch.testing.assert_close(found, torch_flash2.attention(q, q, q, same, bias=bias).transpose(1, 2))
+    edges = torch.tensor([0, 4, 9, 18], dtype=torch.int32)
+    with pytest.raises(ValueError, match="a position bias needs sequences that are padded"):
+        frontend.attend(torch.nn.Module(), q, q, q, spans, position_bias=bias, cu_seq_lens_q=edges)
+
+
+# Continuous batching.
+
+
+needs_batching = pytest.mark.skipif(
+    not frontend._batching(), reason="continuous batching of this transformers is closed"
+)
+
+
+@needs_batching
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss"])
+def test_continuous_batching(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of many lengths, prompts cut into pieces: tokens and log-probabilities are eager's of each alone."""
+    seen: list[Any] = []
+    attend_pages = frontend._attend_pages
+    monkeypatch.setattr(frontend, "_attend_pages", lambda *a: seen.append(a[5].get("block_table")) or attend_pages(*a))
+    model = make(name, device)
+    prompts = [list(range(5, 12)), [3, 4], [2 + 7 * i % 60 for i in range(23)]]
+    options: dict[str, Any] = dict(max_new_tokens=6, do_sample=False)
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), **options, return_dict_in_generate=True, output_scores=True
+        )
+        scores = torch.stack(out.scores)[:, 0].log_softmax(-1)
+        wanted.append((out.sequences[0, len(prompt) :].tolist(), scores.amax(1).cpu()))
+    model.set_attn_implementation(NAME)
+    config = transformers.ContinuousBatchingConfig(
+        # gpt-oss's eager experts cannot be captured.
+        num_blocks=16, max_batch_tokens=16, return_logprobs=True, use_cuda_graph=False if name == "gpt-oss" else None
+    )  # fmt: skip
+    found = model.generate_batch(
+        prompts, generation_config=transformers.GenerationConfig(**options, eos_token_id=None, pad_token_id=0),
+        continuous_batching_config=config, progress_bar=False,
+    )  # fmt: skip
+    assert model.config._attn_implementation == NAME
+    for result, (tokens, scores) in zip(found.values(), wanted, strict=True):
+        assert result.generated_tokens == tokens
+        torch.testing.assert_close(torch.tensor(result.logprobs), scores, atol=1e-3, rtol=1e-3)
+    assert seen
+    # Steps of one token go by block tables where all layers see all keys, and there is a GPU.
+    assert any(table is not None for table in seen) == (name == "llama" and device == "cuda")
+
+
+@needs_batching
+def test_block_tables_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Continuous batching on CUDA finds a function for paged caches."""
+    from transformers.generation.continuous_batching import initialization
+
+    config = make("llama").config
+    config._attn_implementation = NAME
+    wanted = transformers.ContinuousBatchingConfig(max_blocks_per_request=4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    initialization.ensure_decode_fast_path_is_available(config, wanted, True)
+    assert wanted.max_blocks_per_request == 4
+
+
+class Paged:
+    """A cache that leaves the writing to the function, as transformers' does with a block table."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.caches = dict(k_cache=keys, v_cache=values)
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer: int, told: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        told.update(self.caches)
+        return key, value
+
+
+def test_block_tables() -> None:
+    """One new row of each of two requests, and a third place that is empty."""
+    keys, values = torch.randn(2, 6, 4, 2, 8)
+    table = torch.tensor([[2, 5, -1], [0, 3, 1], [-1, -1, -1]], dtype=torch.int32)
+    held = [5, 9]
+    query, key, value = (torch.randn(1, heads, 3, 8) for heads in (4, 2, 2))
+    module: Any = torch.nn.Module()
+    module.layer_idx = 0
+    edges_k = torch.tensor([0, 6, 16, 16], dtype=torch.int32)
+    rows = [[cache[table[b].clamp(0).long()].flatten(0, 1)[:n] for cache in (keys, values)] for b, n in enumerate(held)]
+    untouched = keys[4].clone()
+    told = dict(cu_seq_lens_q=torch.arange(4, dtype=torch.int32), cu_seq_lens_k=edges_k, block_table=table)
+    for window in (None, 4):
+        found, _ = frontend.attend(
+            module, query, key, value, None, cache=Paged(keys, values), sliding_window=window, **told
+        )
+        for b, (k, v) in enumerate(rows):
+            k, v = (torch.cat([old, new[0, :, b][None]]).transpose(0, 1)[None] for old, new in ((k, key), (v, value)))
+            mask = "full" if window is None else f"window({window - 1}, 0) @ bottom-right"
+            wanted = torch_flash2.attention(query[:, :, b : b + 1], k, v, mask)
+            torch.testing.assert_close(found[:, b], wanted[:, :, 0])
+        assert (found[:, 2] == 0).all() and torch.equal(keys[4], untouched)
 
 
 # Generation.
@@ -305,6 +435,24 @@ def test_generate_compiled(name: str) -> None:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1]
     assert torch.equal(generated[NAME], generated["eager"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama"])
+def test_generate_compiled_on_a_gpu(name: str, calls: list[Any]) -> None:
+    """As generate() compiles by itself where there is a GPU: Inductor, with CUDA graphs."""
+    model = make(name, "cuda")
+    ids, keep = inputs_of(name, "none")[0]["input_ids"].cuda(), padding_of("none").cuda()
+    generated = {}
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        generated[implementation] = model.generate(
+            ids, attention_mask=keep, max_new_tokens=8, do_sample=False, cache_implementation="static"
+        )
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert calls and torch.equal(generated[NAME], generated["eager"])
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])

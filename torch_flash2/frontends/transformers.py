@@ -3,6 +3,7 @@
 A model asks once per forward for a mask, and gets `Spans`: the bands of the mask, and lengths for padding and packed
 sequences. Its layers then hand their query, key and value to `attend`. What spans cannot say (custom mask functions,
 4-D masks, packed sequences under torch.compile) stays the dense bool mask that "sdpa" would get, and is right as well.
+Continuous batching brings its own lengths and pages.
 
 B batch entries, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of
 value.
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,8 +23,9 @@ import torch
 
 from .. import masks
 from ..attention import attention
+from ..caches import append
 from ..masks import DenseMask, Mask
-from ..problem import Lengths
+from ..problem import Lengths, Pages
 
 NAME = "torch_flash2"
 
@@ -36,15 +40,41 @@ def register() -> str:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, spans_of)
-    _disown_flash_attention()
+    _disown_flash_attention(besides=_batching())
     return NAME
 
 
-def _disown_flash_attention() -> None:
-    """Tell transformers that this is not the flash-attn package.
+def _batching() -> str:
+    """The package of continuous batching, readied for this name; empty where transformers has none that fits."""
+    package = "transformers.generation.continuous_batching"
+    try:
+        found = inspect.signature(importlib.import_module(f"{package}.cache").PagedAttentionCache.update)
+        start: Any = importlib.import_module(f"{package}.initialization")
+        load = start.lazy_import_flash_attention
+    except (ImportError, AttributeError):
+        return ""
+    if "kwargs" not in found.parameters:
+        return ""
+
+    # It asks for flash-attn's function on paged caches, and uses block tables where there is one.
+    @functools.wraps(load)
+    def lazy_import_flash_attention(implementation: Any, *arguments: Any, **keywords: Any) -> Any:
+        if implementation != NAME:
+            return load(implementation, *arguments, **keywords)
+        return (attend, attend, attend, None, None), (dict, dict)
+
+    if load.__module__ != __name__:
+        lazy_import_flash_attention.__module__ = __name__
+        start.lazy_import_flash_attention = lazy_import_flash_attention
+    return package
+
+
+def _disown_flash_attention(besides: str) -> None:
+    """Tell transformers, but for one of its packages, that this is not the flash-attn package.
 
     It takes every name with "flash" in it for a kind of flash-attn: it would look for that package, replace the name in
-    models that list the kinds they know, refuse chunked masks, and not compile generate().
+    models that list the kinds they know, refuse chunked masks, and not compile generate(). Continuous batching does
+    well to: it then packs requests, and makes no masks.
     """
     from transformers.utils import generic
 
@@ -62,16 +92,34 @@ def _disown_flash_attention() -> None:
         return name != NAME and asked(config, requested_attention_implementation, **keywords)
 
     for name, module in list(sys.modules.items()):
+        if besides and name.startswith(besides):
+            continue
         if name.startswith("transformers.") and vars(module).get(original) is asked:
             setattr(module, original, is_flash_attention_requested)
+
+
+class Documents:
+    """Packed sequences: `ids` int [B, M] change where one begins."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    @functools.cached_property
+    def lengths(self) -> Lengths:
+        """Where each begins in the batch laid end to end: the host waits for their number, once in a forward."""
+        begins = torch.ones_like(self.ids, dtype=torch.bool)
+        begins[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
+        starts = begins.flatten().nonzero().flatten()
+        edges = torch.nn.functional.pad(starts, (0, 1), value=self.ids.numel()).to(torch.int32)
+        return Lengths(edges, edges)
 
 
 class Spans(NamedTuple):
     """Which keys the rows of a batch see.
 
     `used` int32 [B]: keys that count, from 0 on; of rows too where `square`. `columns` bool [B, 1, 1, N]: keys that
-    count. `packed`: lengths of the batch laid end to end; `columns`, or the number of each row's sequence `documents`
-    int [B, M], says the same for calls that cannot be packed.
+    count. `packed`: lengths of the batch laid end to end; `columns` says the same for calls that cannot be packed.
+    `documents`: sequences that follow one another in the rows.
     """
 
     mask: Mask
@@ -79,7 +127,7 @@ class Spans(NamedTuple):
     square: bool = False
     columns: torch.Tensor | None = None
     packed: Lengths | None = None
-    documents: torch.Tensor | None = None
+    documents: Documents | None = None
 
     # generate() makes the mask of a static cache contiguous and hands it to the model, which asks whether it is 2-D.
 
@@ -257,7 +305,7 @@ def spans_of(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **others
         )
     if packed is not None:
-        return _of_documents(bands, packed[0])
+        return Spans(Mask(bands.bands, "top-left"), documents=Documents(packed[0]))
     padding = _padding(attention_mask, kv_length, kv_offset)
 
     if bands.bands and static:
@@ -309,15 +357,6 @@ def _ends(padding: torch.Tensor | None) -> tuple[str, torch.Tensor | None]:
     return "right" if at_right else "left" if at_left else "holes", None if everything else columns
 
 
-def _of_documents(bands: Mask, ids: torch.Tensor) -> Spans:
-    """Packed sequences: ids [B, M] change where one begins."""
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
-    edges = torch.nn.functional.pad(starts, (0, 1), value=ids.numel()).to(torch.int32)
-    return Spans(Mask(bands.bands, "top-left"), packed=Lengths(edges, edges), documents=ids)
-
-
 # The attention of a layer.
 
 
@@ -344,16 +383,20 @@ def attend(
             module is, with row 0 at key 0.
         s_aux: [H], attention sinks.
         position_bias: broadcasts to [B, H, M, N]; added to the scores, with its gradient.
-        others: cu_seq_lens_q and cu_seq_lens_k, int32, of packed sequences that a data collator knows.
+        others: cu_seq_lens_q and cu_seq_lens_k, int32, of packed sequences that a data collator knows; what continuous
+            batching says of its `cache`.
 
     Returns:
         out [B, M, H, Dv], and None for the probabilities.
 
     Raises:
-        ValueError: output_attentions is asked for.
+        ValueError: output_attentions is asked for, or a position bias meets packed sequences.
     """
     if others.get("output_attentions"):
         raise ValueError('output_attentions needs attn_implementation="eager": this library never has probabilities')
+    if others.get("cache") is not None:
+        paged: dict[str, Any] = dict(bias=position_bias, softcap=softcap, sinks=s_aux, scale=scaling)
+        return _attend_pages(module, query, key, value, paged, others), None
     spans, bias, dense = attention_mask, position_bias, None
     if not isinstance(spans, Spans):
         spans = _without_spans(module, query, attention_mask is None, is_causal, others)
@@ -362,20 +405,29 @@ def attend(
                 dense = attention_mask
             else:
                 bias = attention_mask if bias is None else bias + attention_mask
+    elif spans.used is None and spans.columns is None and others.get("cu_seq_lens_q") is not None:
+        # The mask knows the bands, and not always that sequences are packed.
+        spans = Spans(Mask(spans.mask.bands, "bottom-right"), packed=_told(others))
+    if bias is not None and spans.packed is not None and spans.columns is None:
+        raise ValueError("a position bias needs sequences that are padded: cu_seq_lens_q tells of packed ones")
     if bias is not None and bias.dtype not in (torch.float32, query.dtype):
         bias = bias.to(query.dtype)
     options: dict[str, Any] = dict(bias=bias, softcap=softcap, sinks=s_aux, dropout_p=dropout, scale=scaling)
 
     # Left padding is packed where that is a view; whole sequences always are, unless a bias has rows of its own.
     views = spans.columns is None or all(map(_lies_packed, (query, key, value)))
-    if spans.packed is not None and bias is None and views:
+    packed = spans.packed
+    if spans.documents is not None and bias is None:
+        packed = spans.documents.lengths
+    if packed is not None and bias is None and views:
         query_1, key_1, value_1 = (
             tensor.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for tensor in (query, key, value)
         )
-        out = attention(query_1, key_1, value_1, spans.mask, lengths=spans.packed, **options).transpose(1, 2)
+        out = attention(query_1, key_1, value_1, spans.mask, lengths=packed, **options).transpose(1, 2)
         return out.reshape(query.shape[0], query.shape[2], *out.shape[2:]), None
     if spans.documents is not None:
-        dense = spans.documents[:, None, :, None] == spans.documents[:, None, None, :]
+        ids = spans.documents.ids
+        dense = ids[:, None, :, None] == ids[:, None, None, :]
     elif spans.columns is not None:
         dense = spans.columns
     # Not `spans.mask & dense`, which torch.compile takes for an operator of tensors.
@@ -389,15 +441,57 @@ def _without_spans(
 ) -> Spans:
     """What the module's attributes say, as "sdpa" reads them, or with cumulative lengths, as "flash_attention_2"."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    edges, window = others.get("cu_seq_lens_q"), others.get("sliding_window")
-    if edges is not None:
-        edges_k = others.get("cu_seq_lens_k")
+    window = others.get("sliding_window")
+    if others.get("cu_seq_lens_q") is not None:
         bands = masks.causal(align="bottom-right") if causal else Mask()
         if window is not None:
             bands = masks.window(window - 1, 0 if causal else window - 1, align="bottom-right")
-        return Spans(bands, packed=Lengths(edges, edges if edges_k is None else edges_k))
+        return Spans(bands, packed=_told(others))
     # One row sees all keys.
     return Spans(masks.causal() if alone and causal and query.shape[2] != 1 else Mask())
+
+
+def _told(others: dict[str, Any]) -> Lengths:
+    """Lengths of packed sequences that a data collator knows."""
+    edges, edges_k = others["cu_seq_lens_q"], others.get("cu_seq_lens_k")
+    return Lengths(edges, edges if edges_k is None else edges_k)
+
+
+def _attend_pages(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: dict[str, Any],
+    told: dict[str, Any],
+) -> torch.Tensor:
+    """Rows [1, H, total, D] of requests packed end to end, on their pages of a PagedAttentionCache.
+
+    Args:
+        key, value: [1, G, total, D] and [1, G, total, Dv]: new ones, which the cache takes.
+
+    Returns:
+        out [1, total, H, Dv].
+    """
+    # It writes what is new and says the keys of every request; with a block table it leaves the writing to us.
+    key, value = told["cache"].update(key, value, module.layer_idx, told)
+    edges, edges_k, window = told["cu_seq_lens_q"], told["cu_seq_lens_k"], told.get("sliding_window")
+    mask = masks.causal(align="bottom-right")
+    if window is not None:
+        mask = masks.window(window - 1, 0, align="bottom-right")
+    table = told.get("block_table")
+    if table is None:
+        lengths = Lengths(edges.to(torch.int32), edges_k)
+        return attention(query, key, value, mask, lengths=lengths, **options).transpose(1, 2)
+    # One new row a request.
+    query, key, value = (tensor.transpose(0, 2) for tensor in (query, key, value))
+    used = edges_k.diff()[: query.shape[0]]
+    pages = Pages(table[: query.shape[0]], told["k_cache"].shape[1])
+    append(told["k_cache"], told["v_cache"], key, value, used - 1, pages=pages)
+    out = attention(
+        query, told["k_cache"], told["v_cache"], mask, lengths=Lengths(used_k=used), pages=pages, **options
+    )  # fmt: skip
+    return out[:, :, 0][None]
 
 
 def _lies_packed(tensor: torch.Tensor) -> bool:

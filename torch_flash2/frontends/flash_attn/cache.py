@@ -12,6 +12,7 @@ import torch
 
 from ... import caches, problem
 from ...problem import Lengths, Pages
+from .rotary import turned
 from .translate import Options, attend, packed_places
 
 
@@ -82,13 +83,7 @@ class Rotary(NamedTuple):
             return caches.rotate(rows.tensor.transpose(1, 2), self.starts, self.tables, advance=steps).transpose(1, 2)
         sequences, offsets = rows.places
         positions = self.starts.long()[sequences] + (offsets if steps else torch.zeros_like(offsets))
-        cos, sin = (table[positions].float().unsqueeze(-2) for table in (self.cos, self.sin))
-        half = self.cos.shape[1]
-        turned = rows.tensor[..., : 2 * half].float()
-        first, second = (turned[..., ::2], turned[..., 1::2]) if self.interleaved else turned.split(half, -1)
-        pair = first * cos - second * sin, first * sin + second * cos
-        rotated = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
-        return torch.cat([rotated.to(rows.tensor.dtype), rows.tensor[..., 2 * half :]], -1)
+        return turned(rows.tensor, positions, self.cos, self.sin, self.interleaved)
 
 
 def append(cache: Cache, key: Rows, value: torch.Tensor, rotary: Rotary | None) -> None:
@@ -143,18 +138,38 @@ def attend_cache(
     rows = query.tensor
     if rotary is not None:
         # Without a band all rows see the same keys, and stand at one position.
-        rows = rotary.turn(query, steps=bool(options.mask.bands))
-    if used is None and (query.cu is not None or cache.pages is not None):
+        rows = rotary.turn(query, steps=len(options.mask.bands) > 0)
+    if used is None and (query.cu is not None or cache.pages is not None or cache.leftpad is not None):
         count = rows.shape[0] if query.cu is None else query.cu.shape[0] - 1
         used = torch.full((count,), cache.capacity, dtype=torch.int32, device=rows.device)
     counted = None
     if cache.leftpad is not None:
-        counted = torch.arange(cache.capacity, device=rows.device) >= cache.leftpad[:, None]
-        counted = counted[:, None, None, :]
+        assert used is not None
+        counted = _counted(query, used, cache.leftpad, cache.capacity, options.attention_chunk)
+        # Chunks too are counted from there.
+        options = options._replace(attention_chunk=0)
     lengths = Lengths(cu_q=query.cu, used_k=used, max_q=query.longest)
     packed = rows if query.cu is None else rows[None]
     out, lse, _ = attend(packed, cache.key, cache.value, options, lengths, cache.pages, counted)
     return (out, lse) if query.cu is None else (out[0], lse[0])
+
+
+def _counted(
+    query: Rows, used: torch.Tensor, leftpad: torch.Tensor, capacity: int, attention_chunk: int
+) -> torch.Tensor:
+    """The keys that count, bool: [B, 1, 1, N], or where there are chunks [B, 1, M, N] or [1, 1, total, N]."""
+    position = torch.arange(capacity, device=used.device)
+    counted = (position >= leftpad[:, None])[:, None, None, :]
+    if not attention_chunk:
+        return counted
+    sequences, offsets = query.places
+    rows: int | torch.Tensor = query.tensor.shape[1] if query.cu is None else query.cu.diff()[sequences]
+    first = leftpad[sequences]
+    place = offsets + used[sequences] - rows - first
+    start = (place - place % attention_chunk)[..., None]
+    position = position - first[..., None]
+    inside = (position >= start) & (position < start + attention_chunk)
+    return counted & inside[:, None] if query.cu is None else ((position >= 0) & inside)[None, None]
 
 
 def checked(cache: Cache, query: Rows, new: tuple[Rows, torch.Tensor] | None, tables: bool) -> None:
@@ -171,8 +186,8 @@ def checked(cache: Cache, query: Rows, new: tuple[Rows, torch.Tensor] | None, ta
         tensor = getattr(cache, name)
         if tensor is not None and (tensor.dtype != torch.int32 or tuple(tensor.shape) != (count,)):
             raise ValueError(f"cache_{name} must be int32 [{count}], got {tensor.dtype} {list(tensor.shape)}")
-    if cache.block_table is not None and (cache.batch_idx is not None or cache.leftpad is not None):
-        raise ValueError("a paged KV cache has neither cache_batch_idx nor cache_leftpad")
+    if cache.block_table is not None and cache.batch_idx is not None:
+        raise ValueError("cache_batch_idx picks rows of a cache without pages: pick rows of block_table instead")
     if new is None:
         if tables:
             raise ValueError("rotary_cos and rotary_sin rotate new keys: k and v must be given with them")

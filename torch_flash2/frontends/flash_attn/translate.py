@@ -32,7 +32,9 @@ class Options(NamedTuple):
     @property
     def mask(self) -> Mask:
         """Always bottom-right; a window's side below 0 is unlimited."""
-        left, right = (side if 0 <= side < masks.FAR else None for side in self.window_size)
+        given: Any = self.window_size
+        sides = given.tolist() if isinstance(given, torch.Tensor) else given
+        left, right = (side if 0 <= side < masks.FAR else None for side in sides)
         if self.causal:
             right = 0
         mask = Mask(align="bottom-right")
@@ -88,9 +90,10 @@ def packed_places(cu: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Ten
 
 @torch.no_grad()
 def signed_probabilities(call: Call) -> torch.Tensor:
-    """Probabilities [B, H, M, N] of a call, those that dropout drops negative; of packed ones, padded to the longest.
+    """Probabilities [B, H, M, N] of a call over the largest of their row, those that dropout drops negative; of packed
+    ones, padded to the longest.
 
-    They are the output on the rows of the identity as values, 512 columns at a time.
+    Probabilities are the output on the rows of the identity as values, 512 columns at a time.
     """
     key = call.key
     position, columns = torch.arange(key.shape[2], device=key.device), key.shape[2]
@@ -105,7 +108,9 @@ def signed_probabilities(call: Call) -> torch.Tensor:
         kept, _ = torch.ops.torch_flash2.forward(*given)
         whole, _ = torch.ops.torch_flash2.forward(*given._replace(dropout_p=0.0, seed=None))
         found.append(torch.where((kept == 0) & (whole > 0), -whole, whole))
-    signed = torch.cat(found, dim=3)
+    signed = torch.cat(found, dim=3).float()
+    largest = signed.abs().amax(3, keepdim=True)
+    signed = (signed / torch.where(largest > 0, largest, 1)).to(key.dtype)
     if call.cu_q is None:
         return signed
     edges = call.cu_q.tolist()

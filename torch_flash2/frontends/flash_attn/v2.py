@@ -29,6 +29,11 @@ def _results(out: torch.Tensor, lse: torch.Tensor, call: Call, return_attn_probs
     return out, lse, signed_probabilities(call) if call.dropout_p > 0 else out.new_empty(0)
 
 
+def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
+    """How many columns of S_dmask are scaled alike: all. Upstream's tests ask."""
+    return 2**31 - 1
+
+
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -55,7 +60,7 @@ def flash_attn_func(
 
     Returns:
         out [B, M, H, Dv]; with return_attn_probs also softmax_lse fp32 [B, H, M] and, where there is dropout,
-        S_dmask [B, H, M, N]: probabilities, those dropped negative, of a size and cost for tests only.
+        S_dmask [B, H, M, N]: exp(score - the largest of its row), dropped ones negative, of a size and cost for tests.
     """
     options = Options(causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p, deterministic)
     return _results(*attend(q, k, v, options), return_attn_probs)

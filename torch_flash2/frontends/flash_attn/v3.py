@@ -183,7 +183,8 @@ def flash_attn_with_kvcache(
     Args:
         q: [B, M, H, D], or [total_q, H, D] with cu_seqlens_q int32 [B + 1].
         k, v: [B, L, G, dim], or [total, G, dim] with cu_seqlens_k_new int32 [B + 1].
-        page_table: int32 [B, pages]; the caches are then [pages, page size, G, dim].
+        page_table: int32 [B, pages], or rows of which cache_batch_idx picks B; the caches are then
+            [pages, page size, G, dim].
         rotary_seqlens: int32 [B], the positions from which rotation counts, by default cache_seqlens.
 
     Returns:
@@ -196,6 +197,8 @@ def flash_attn_with_kvcache(
     if isinstance(cache_seqlens, int):
         count = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = torch.full((count,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if page_table is not None and cache_batch_idx is not None:
+        page_table, cache_batch_idx = page_table[cache_batch_idx.long()], None
     cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table)
     query = Rows(q, cu_seqlens_q, hint(max_seqlen_q))
     new = None if k is None or v is None else (Rows(k, cu_seqlens_k_new), v)
