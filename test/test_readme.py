@@ -45,7 +45,9 @@ def test_python_runs() -> None:
 def commands() -> list[list[str]]:
     """The words of every line of the shell blocks, here and in the benchmarks' README."""
     texts = [README, (ROOT / "benchmarks/README.md").read_text()]
-    lines = [line for text in texts for block in SHELL.findall(text) for line in block.splitlines()]
+    lines = [
+        line for text in texts for block in SHELL.findall(text) for line in block.replace("\\\n", " ").splitlines()
+    ]
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 

@@ -38,8 +38,13 @@ LAYERS = (
     ("kernels",),
     # What launches of Triton and of Gluon kernels share.
     (
-        "kernels.triton.launching", "kernels.triton.recording", "kernels.triton.tables", "kernels.triton.common",
-        "kernels.triton.splitting", "kernels.triton.statistics", "kernels.triton.query_gradient",
+        "kernels.triton.launching",
+        "kernels.triton.recording",
+        "kernels.triton.tables",
+        "kernels.triton.common",
+        "kernels.triton.splitting",
+        "kernels.triton.statistics",
+        "kernels.triton.query_gradient",
     ),  # fmt: skip
     ("kernels.device",),
     ("kernels.bundles",),

@@ -20,7 +20,6 @@ from ..bundles import Strided, coded
 from ..triton import launching, recording
 from . import calls
 from .calls import descriptor, hides, swizzle
-from .calls import why_not as why_not
 from .forward_kernel import attention_forward
 from .pipeline import COUNTERS, Plain, Shape
 
