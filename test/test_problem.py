@@ -181,7 +181,7 @@ def test_unsupported() -> None:
 no kernel can run this call: backward on CPU, float32, B=2 H=4/2, M=6 N=24 D=16, mask full, pages of 8
   latent: it has no backward
   decode: it has no backward
-  hopper: it has no backward
+  hopper: it is for Hopper GPUs (compute capability 9.0)
   triton: it needs a CUDA GPU, the tensors are on the CPU; it has no backward through pages
   cpu: it has no backward through pages
   reference: it runs only when forced: its memory grows with M * N""",
@@ -297,7 +297,16 @@ the call has more tiles than its counter can count""",
     ):
         assert dispatch.select(few).kernel == "triton" and reason in str(dispatch.select(few))
         assert dispatch.select(few, "hopper").kernel == "hopper"
-    assert dispatch.why_not("hopper", posed(direction="backward")) == ("it has no backward",)
+    back = dataclasses.replace(many, direction="backward")
+    assert dispatch.select(back).kernel == "hopper"
+    for few, reason in (
+        (dataclasses.replace(back, seqlen_k=64), "half of its tiles would be empty"),
+        (dataclasses.replace(back, batch=1), "less than half of the GPU busy"),
+    ):
+        assert dispatch.select(few).kernel == "triton" and reason in str(dispatch.select(few))
+        assert dispatch.select(few, "hopper").kernel == "hopper"
+    for changes in (dict(dense=True), dict(steps=("bias",)), dict(dropout=True), dict(batch=2**12, seqlen_q=2**18)):
+        assert dispatch.why_not("hopper", posed(direction="backward", **changes))
 
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +347,7 @@ backward on CPU, float32, B=2 H=4/2, M=6 N=8 D=16, mask causal & window(3, 0), s
   config: path=tiled, rows=64
   not latent: it has no backward
   not decode: it has no backward
-  not hopper: it has no backward
+  not hopper: it is for Hopper GPUs (compute capability 9.0)
   not triton: it needs a CUDA GPU, the tensors are on the CPU
 scaled_dot_product_attention has no such call: softcap, mask causal & window(3, 0)""",
     )

@@ -68,6 +68,8 @@ def rather_not(problem: Problem) -> Iterator[str]:
     """Why another kernel is likely the faster one."""
     if min(problem.seqlen_q, problem.seqlen_k) <= 64:
         yield "with 64 query rows or keys or fewer half of its tiles would be empty"
+    elif 2 * problem.batch * problem.heads_kv * triton.cdiv(problem.seqlen_k, 128) < problem.hardware.multiprocessors:
+        yield "its tiles of 128 keys would keep less than half of the GPU busy"
 
 
 @functools.cache
