@@ -45,9 +45,8 @@ def test_python_runs() -> None:
 def commands() -> list[list[str]]:
     """The words of every line of the shell blocks, here and in the benchmarks' README."""
     texts = [README, (ROOT / "benchmarks/README.md").read_text()]
-    lines = [
-        line for text in texts for block in SHELL.findall(text) for line in block.replace("\\\n", " ").splitlines()
-    ]
+    blocks = [block.replace("\\\n", " ") for text in texts for block in SHELL.findall(text)]
+    lines = [line for block in blocks for line in block.splitlines()]
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
