@@ -26,7 +26,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
-def compiled(width: tuple[int, int], feature: str, deterministic: bool) -> tuple[Any, dict[str, Any]]:
+def compiled(width: tuple[int, int], feature: str, atomics: bool) -> tuple[Any, dict[str, Any]]:
     """The configuration and the Gluon kernels, by name, of a backward."""
     from torch_flash2.kernels.triton import offline
 
@@ -34,7 +34,7 @@ def compiled(width: tuple[int, int], feature: str, deterministic: bool) -> tuple
     segments = len(changes.get("documents", (1,)))
     case = Case("x", segments, 4, 2, 4096, 4096, *width, "bf16", **changes)
     posed, call = compile_all.posed(case, "backward", "sm90")
-    plan = dispatch.select(dataclasses.replace(posed, deterministic=deterministic), "hopper")
+    plan = dispatch.select(posed, dispatch.encode_force("hopper", {"atomics": atomics}))
     kernels = offline.compile_call(plan.module, plan.problem, plan.config, call)
     for kernel in kernels:
         assert posed.hardware.shared_memory >= kernel.metadata.shared
@@ -48,19 +48,19 @@ def steps(head_dim: int, width: int) -> int:
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    ("width", "feature", "deterministic"),
+    ("width", "feature", "atomics"),
     [
-        *((width, "causal", True) for width in WIDTHS),
-        ((64, 64), "causal", False),
-        ((64, 64), "full", False),
-        ((128, 128), "window", True),
-        ((64, 64), "scores", True),
-        ((128, 128), "packed", True),
+        *((width, "causal", False) for width in WIDTHS),
+        ((64, 64), "causal", True),
+        ((64, 64), "full", True),
+        ((128, 128), "window", False),
+        ((64, 64), "scores", False),
+        ((128, 128), "packed", False),
     ],
 )  # fmt: skip
-def test_main_loops(width: tuple[int, int], feature: str, deterministic: bool) -> None:
-    config, kernels = compiled(width, feature, deterministic)
-    if config.fused is None:
+def test_main_loops(width: tuple[int, int], feature: str, atomics: bool) -> None:
+    config, kernels = compiled(width, feature, atomics)
+    if not atomics:
         chosen = config.queries
         # S and dP over the head dims, dQ over the keys for each tile of columns.
         products = steps(width[0], chosen.WIDTH_D) + steps(width[1], chosen.WIDTH_V)
@@ -68,7 +68,7 @@ def test_main_loops(width: tuple[int, int], feature: str, deterministic: bool) -
         loops = main_loops(kernels["backward_queries"], products, chosen.BLOCK // 2)
         assert len(loops) == chosen.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"
         _few_spills(loops)
-    chosen = config.fused or config.keys
+    chosen = config.fused if atomics else config.keys
     rows = chosen.BLOCK // 16
     of_values = steps(width[0], chosen.WIDTH_D) + -(-width[1] // chosen.WIDTH_V) * rows
     of_scores = steps(width[1], chosen.WIDTH_V) + -(-width[0] // chosen.WIDTH_D) * rows
@@ -80,7 +80,7 @@ def test_main_loops(width: tuple[int, int], feature: str, deterministic: bool) -
         assert len(found) == 1
     else:
         # dQ's columns of a warpgroup over the keys of all.
-        sums = chosen.GROUPS * 64 // 16 if config.fused is not None else 0
+        sums = chosen.GROUPS * 64 // 16 if atomics else 0
         loops = main_loops(kernel, of_values + of_scores + sums, chosen.BLOCK // 2)
         assert len(loops) == chosen.GROUPS
         _few_spills(loops)
@@ -102,26 +102,20 @@ def test_numbers_compile_nothing_anew() -> None:
     assert len(found) == 1
 
 
-def test_deterministic_algorithms_forbid_atomic_sums() -> None:
-    case = Case("x", 1, 2, 2, 256, 256, 64, 64, "bf16")
-    posed, _ = compile_all.posed(case, "backward", "sm90")
-    assert dispatch.select(posed, "hopper").config.fused is not None
-    strict = dataclasses.replace(posed, deterministic=True)
-    assert dispatch.select(strict, "hopper").config.fused is None
-    fused = dispatch.select(posed, "hopper").config.fused._asdict()
-    module = dispatch.kernel("hopper", "backward")
-    forced = dispatch.select(strict, "hopper").config._replace(fused=module.Config(**fused))
-    assert list(module.forbids(strict, forced)) == [
-        "atomic additions come in an order that varies, and PyTorch's deterministic algorithms are on"
-    ]
+def test_deterministic_algorithms_forbid_atomics() -> None:
+    posed, _ = compile_all.posed(Case("x", 1, 2, 2, 256, 256, 64, 64, "bf16"), "backward", "sm90")
+    atomics = dispatch.encode_force("hopper", {"atomics": True})
+    assert not dispatch.select(posed, "hopper").config.atomics
+    assert dispatch.select(posed, atomics).config.atomics
+    with pytest.raises(dispatch.UnsupportedError, match="atomics add in an order that varies"):
+        dispatch.select(dataclasses.replace(posed, deterministic=True), atomics)
 
 
-@pytest.fixture(params=[True, False], ids=["deterministic", "fastest"])
-def deterministic(request: pytest.FixtureRequest) -> Any:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(before)
+@pytest.fixture(params=[False, True], ids=["", "atomics"])
+def force(request: pytest.FixtureRequest) -> Any:
+    """The Hopper kernels, with or without atomics."""
+    with torch_flash2.force("hopper", {"atomics": request.param}):
+        yield
 
 
 @pytest.mark.gpu
@@ -151,22 +145,20 @@ def deterministic(request: pytest.FixtureRequest) -> Any:
     ],
     ids=lambda case: case.name,
 )  # fmt: skip
-def test_against_math(case: Case, deterministic: bool) -> None:
-    with torch_flash2.force("hopper"):
-        testing.check(case, device="cuda")
+def test_against_math(case: Case, force: None) -> None:
+    testing.check(case, device="cuda")
 
 
 def gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, **keywords: Any) -> Any:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch_flash2.force("hopper"):
-        return torch.autograd.grad(torch_flash2.attention(*leaves, **keywords), leaves, grad)
+    return torch.autograd.grad(torch_flash2.attention(*leaves, **keywords), leaves, grad)
 
 
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("mask", ["causal", "window(100, 50)"])
-def test_nothing_leaks_from_behind_a_mask(mask: str, head_dim: int, deterministic: bool) -> None:
+def test_nothing_leaks_from_behind_a_mask(mask: str, head_dim: int, force: None) -> None:
     """NaN keys and values reach dQ of the rows that see them and of no others."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(2, 4, n, head_dim, device="cuda", dtype=torch.bfloat16) for n in (500, 600, 600, 500))
@@ -184,7 +176,7 @@ def test_nothing_leaks_from_behind_a_mask(mask: str, head_dim: int, deterministi
 
 @pytest.mark.gpu
 @hopper
-def test_other_documents_and_padding_do_not_reach_a_gradient(deterministic: bool) -> None:
+def test_other_documents_and_padding_do_not_reach_a_gradient(force: None) -> None:
     """Rows after the last document and padding hold NaN: gradients of documents are what they are without."""
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(1, 4, 700, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
@@ -202,12 +194,9 @@ def test_other_documents_and_padding_do_not_reach_a_gradient(deterministic: bool
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_deterministic_gradients_are_bit_equal(head_dim: int) -> None:
+def test_gradients_are_bit_equal(head_dim: int) -> None:
     q, k, v, grad = (torch.randn(2, 8, 1024, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    torch.use_deterministic_algorithms(True)
-    try:
+    with torch_flash2.force("hopper"):
         first = gradients(q, k, v, grad, mask="causal")
         for _ in range(50):
             assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
-    finally:
-        torch.use_deterministic_algorithms(False)

@@ -48,12 +48,13 @@ class Config(NamedTuple):
 
 
 class BackwardConfig(NamedTuple):
-    """One way to run the backward: the kernel of dK and dV, and that of dQ; or, faster but not deterministic, one
-    kernel that computes dK and dV and sums dQ by atomic additions."""
+    """One way to run the backward: the kernel of dK and dV, and that of dQ; `fused`, where there is one, makes dK and
+    dV and, with `atomics`, sums dQ by atomic additions, whose order varies."""
 
     keys: Config
     queries: Config
     fused: Config | None = None
+    atomics: bool = False
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -79,19 +80,18 @@ def _rows() -> list[dict[str, Any]]:
 
 
 def config(problem: Problem) -> BackwardConfig:
-    """The row of backward_configs.json for the next head dims; additions whose order varies only where PyTorch's
-    deterministic algorithms are off."""
+    """The row of backward_configs.json for the next head dims."""
     row = next(
         row for row in _rows() if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
-    fused = None if problem.deterministic or row["fused"] is None else Config(**row["fused"])
+    fused = None if row["fused"] is None else Config(**row["fused"])
     return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused)
 
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
-    if config.fused is not None and problem.deterministic:
-        yield "atomic additions come in an order that varies, and PyTorch's deterministic algorithms are on"
+    if config.atomics and problem.deterministic:
+        yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
@@ -138,7 +138,7 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
                 gradient.zero_()
         return found
     stats = launch_stats(call, out, lse, grad_out, grad_lse)
-    if config.fused is not None and found.query is not None:
+    if config.atomics and config.fused is not None and found.query is not None:
         _launch_fused(problem, config.fused, call, grad_out, stats, found)
     else:
         if found.key is not None or found.value is not None:
