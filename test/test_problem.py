@@ -305,7 +305,13 @@ the call has more tiles than its counter can count""",
     ):
         assert dispatch.select(few).kernel == "triton" and reason in str(dispatch.select(few))
         assert dispatch.select(few, "hopper").kernel == "hopper"
-    for changes in (dict(dense=True), dict(steps=("bias",)), dict(dropout=True), dict(batch=2**12, seqlen_q=2**18)):
+    for changes in (
+        dict(dense=True),
+        dict(steps=("bias",)),
+        dict(dropout=True),
+        dict(head_dim=100),
+        dict(batch=2**12, seqlen_q=2**18),
+    ):
         assert dispatch.why_not("hopper", posed(direction="backward", **changes))
 
 

@@ -60,6 +60,8 @@ class BackwardConfig(NamedTuple):
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
     yield from calls.why_not(problem)
+    if problem.head_dim % 8 != 0:
+        yield "TMA needs multiples of 16 bytes, which a gradient's rows have where D is a multiple of 8"
     rows = 2 * problem.batch * problem.heads * (problem.seqlen_q + 256)
     if rows >= 2**31:
         yield "the call has more query rows over all heads than TMA can count"
