@@ -127,6 +127,33 @@ def test_numbers_compile_nothing_anew() -> None:
     assert len(found) == 1
 
 
+@pytest.mark.compile
+def test_compiling_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Once with its seconds for a new class of calls; nothing for what Triton has on disk."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    case = Case("x", 1, 2, 1, 100, 100, 64, 64, "fp16", softcap=3.0)
+    with caplog.at_level("INFO", "torch_flash2"):
+        compile_all.compile_case(case, "forward", "sm90", "hopper")
+    assert re.search(r"compiled attention_forward for the first call of its class in \d+\.\d s", caplog.text)
+    caplog.clear()
+    with caplog.at_level("INFO", "torch_flash2"):
+        compile_all.compile_case(case, "forward", "sm90", "hopper")
+    assert not caplog.records
+
+
+def test_configs_are_candidates() -> None:
+    """`python -m benchmarks tune` measures every row of the table."""
+    from torch_flash2.kernels.hopper import forward
+
+    for row in forward._rows():
+        N, mask = max(row["seqlen_k"], 128), "causal" if row["masked"] else "full"
+        case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask)
+        posed, _ = compile_all.posed(case, "forward", "sm90")
+        found = list(forward.candidates(posed))
+        assert forward.Config(**row["config"]) in found
+        assert all(forward.shared_bytes(posed, config) <= posed.hardware.shared_memory for config in found)
+
+
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )

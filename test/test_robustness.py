@@ -161,7 +161,7 @@ def test_doctor_with_cache_that_cannot_be_written() -> None:
 def test_unknown_kernel_in_the_environment() -> None:
     done = run("call()", TORCH_FLASH2_KERNEL="cudnn")
     assert done.returncode != 0
-    assert "no kernel is called 'cudnn'; known are decode, hopper, triton, cpu, reference" in done.stderr
+    assert "no kernel is called 'cudnn'; known are latent, decode, hopper, triton, cpu, reference" in done.stderr
 
 
 def test_kernel_from_the_environment() -> None:

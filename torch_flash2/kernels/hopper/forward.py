@@ -73,14 +73,29 @@ def config(problem: Problem) -> Config:
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
-    """Configurations worth measuring."""
+    """Configurations worth measuring: those whose buffers fit and whose accumulators leave room for the scores."""
     base = config(problem)
-    for groups, block_n, stages, turns, late in itertools.product(
-        (2, 3), (64, 128), (2, 3, 4), (False, True), (False, True)
+    for groups, block_n, stages, q_stages, turns, late in itertools.product(
+        (2, 3), (64, 128), (2, 3, 4), (1, 2), (False, True), (False, True)
     ):
-        # Three warpgroups have 160 registers a thread, which hold P as 16 bits only.
-        if groups == 2 or (base.WIDTH_D <= 64 and not late):
-            yield base._replace(GROUPS=groups, BLOCK_N=block_n, STAGES=stages, TURNS=turns, LATE=late)
+        found = base._replace(
+            GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late
+        )  # fmt: skip
+        columns = triton.cdiv(problem.head_dim_v, base.WIDTH_V) * base.WIDTH_V
+        # Registers of a thread: fp32 scores and accumulators of half a row, and P in 16 bits.
+        registers = (block_n + columns) // 2 + block_n // 4
+        fits = shared_bytes(problem, found) <= problem.hardware.shared_memory
+        # Three warpgroups have 160 registers a thread, two 240.
+        if fits and registers <= (128 if groups == 3 else 208):
+            yield found
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """What the buffers of a program take, with 1 KB for barriers and the ring of tasks."""
+    D = triton.cdiv(problem.head_dim, config.WIDTH_D) * config.WIDTH_D
+    Dv = triton.cdiv(problem.head_dim_v, config.WIDTH_V) * config.WIDTH_V
+    queries = config.GROUPS * 64 * (config.Q_STAGES * D + config.WIDTH_V)
+    return 2 * (queries + config.STAGES * config.BLOCK_N * (D + Dv)) + 1024
 
 
 def shape(problem: Problem, config: Config) -> Shape:

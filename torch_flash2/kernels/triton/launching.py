@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import logging
 import math
 import tempfile
 import warnings
@@ -27,6 +28,8 @@ from ..device import scores as device_scores
 from .tables import Config, block_dim
 
 INTERPRETED = triton.knobs.runtime.interpret
+
+logger = logging.getLogger("torch_flash2")
 
 # Called instead of a launch with (kernel, grid, arguments, options): compile-only tests and tuning set it.
 _instead: contextvars.ContextVar[Callable[..., Any] | None] = contextvars.ContextVar(
@@ -116,6 +119,20 @@ def keep_zeros(device: torch.device, size: int) -> torch.Tensor:
 def are_kept(tensor: torch.Tensor) -> bool:
     """Whether a tensor is what `keep_zeros` keeps."""
     return any(tensor is known for known in _kept.values())
+
+
+def say_compiled(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
+    """Triton's compilation listener: log each kernel of this library that is compiled, with the seconds it took."""
+    if not cache_hit and src.fn.fn.__module__.startswith("torch_flash2."):
+        logger.info(
+            "compiled %s for the first call of its class in %.1f s; Triton keeps it in %s",
+            src.fn.fn.__name__, times.total / 1e6, triton.knobs.cache.dir,
+        )  # fmt: skip
+
+
+# Another listener, set before or after this, is left alone.
+if triton.knobs.compilation.listener is None:
+    triton.knobs.compilation.listener = say_compiled
 
 
 def why_not(problem: Problem) -> Iterator[str]:
