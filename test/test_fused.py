@@ -130,7 +130,8 @@ def run(job: tuple[Case | dict[str, Any], bool]) -> str:
     try:
         if isinstance(what, Case):
             with torch_flash2.force("triton", config):
-                check(what, device="cuda")
+                # Tensor cores round sums downwards; sums of one sign show it in the lse, beside fp32 sums that do not.
+                check(what, device="cuda", strict_lse=not isinstance(what, FarBelow))
         else:
             for where in ("key", "value"):
                 check_leak(dict(dtype="bf16", head_dim=256, head_dim_v=256, **what), torch.nan, where, config, "cuda")
