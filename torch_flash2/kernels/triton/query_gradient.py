@@ -57,13 +57,13 @@ def _accumulate_carefully(
     Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    # Of 16-bit products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200, 2026-11-21).
+    TURNED: tl.constexpr = keys.x.ptr.dtype.element_ty.primitive_bitwidth == 16
     q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
     do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
-        # Transposed: of products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200,
-        # 2026-11-21).
-        acc = tl.zeros([16, BLOCK_M], tl.float32)
-        taint = tl.zeros([16, BLOCK_M], tl.float32)
+        acc = tl.zeros([16, BLOCK_M] if TURNED else [BLOCK_M, 16], tl.float32)
+        taint = tl.zeros([16, BLOCK_M] if TURNED else [BLOCK_M, 16], tl.float32)
         for n0 in tl.range(span.start, span.stop, MODE.BLOCK_N, num_stages=1):
             k = tiles.load_pieces(keys, n0, tile.N, True, MODE.BLOCK_N, MODE.BLOCK_D, MODE)
             ds = _score_gradient(
@@ -85,11 +85,15 @@ def _accumulate_carefully(
                 True,
             )
             part, bad = tiles.finite(tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
-            acc = tl.dot(part.T, ds.to(part.dtype).T, acc, input_precision=MODE.PRECISION)
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
-            taint = tl.dot(bad.to(part.dtype).T, visible.to(part.dtype).T, taint)
+            if TURNED:
+                acc = tl.dot(part.T, ds.to(part.dtype).T, acc)
+                taint = tl.dot(bad.to(part.dtype).T, visible.to(part.dtype).T, taint)
+            else:
+                acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
+                taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
         acc = tl.where(taint > 0, float("nan"), acc * scoring.scale)
-        tiles.store_columns(grad, place.row, tile.M, column, acc.T, BLOCK_M, 16)
+        tiles.store_columns(grad, place.row, tile.M, column, acc.T if TURNED else acc, BLOCK_M, 16)
 
 
 @triton.jit
