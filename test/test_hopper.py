@@ -143,9 +143,9 @@ def test_compiling_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
 
 def test_configs_are_candidates() -> None:
     """`python -m benchmarks tune` measures every row of the table."""
-    from torch_flash2.kernels.hopper import forward
+    from torch_flash2.kernels.hopper import calls, forward
 
-    for row in forward._rows():
+    for row in calls.table("configs.json"):
         N, mask = max(row["seqlen_k"], 128), "causal" if row["masked"] else "full"
         case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask)
         posed, _ = compile_all.posed(case, "forward", "sm90")
@@ -159,28 +159,27 @@ hopper = pytest.mark.skipif(
 )
 
 
+CASES = [
+    Case("d64", 4, 8, 4, 300, 333, 64, 64, "bf16", "causal"),
+    Case("d64-long", 2, 8, 8, 1000, 2500, 64, 64, "fp16"),
+    Case("d128", 2, 8, 2, 1024, 1024, 128, 128, "bf16", "causal"),
+    Case("d128-unequal", 2, 6, 6, 1000, 777, 128, 128, "fp16"),
+    Case("d256", 4, 8, 8, 300, 333, 256, 256, "bf16", "causal"),
+    Case("deepseek", 4, 8, 8, 300, 500, 192, 128, "bf16", "causal @ bottom-right"),
+    Case("odd-dims", 4, 8, 4, 500, 300, 72, 40, "fp16", "window(100, 20) @ bottom-right"),
+    Case("scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2),
+    Case("used", 3, 8, 2, 300, 400, 128, 128, "bf16", "causal @ bottom-right", lengths="padded",
+         documents=(1.0, 0.0, 0.1)),
+    Case("packed", 5, 4, 2, 600, 600, 128, 128, "bf16", "causal", lengths="packed",
+         documents=(0.2, 0.0, 0.5, 0.05, 1.0), tail=40),
+    Case("packed-window", 4, 4, 2, 500, 500, 256, 256, "fp16", "window(50, 0)", lengths="packed", softcap=30.0,
+         documents=(1.0, 0.4, 0.0, 0.6)),
+]  # fmt: skip
+
+
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("d64", 4, 8, 4, 300, 333, 64, 64, "bf16", "causal"),
-        Case("d64-long", 2, 8, 8, 1000, 2500, 64, 64, "fp16"),
-        Case("d128", 2, 8, 2, 1024, 1024, 128, 128, "bf16", "causal"),
-        Case("d128-unequal", 2, 6, 6, 1000, 777, 128, 128, "fp16"),
-        Case("d256", 4, 8, 8, 300, 333, 256, 256, "bf16", "causal"),
-        Case("deepseek", 4, 8, 8, 300, 500, 192, 128, "bf16", "causal @ bottom-right"),
-        Case("odd-dims", 4, 8, 4, 500, 300, 72, 40, "fp16", "window(100, 20) @ bottom-right"),
-        Case("scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2),
-        Case("used", 3, 8, 2, 300, 400, 128, 128, "bf16", "causal @ bottom-right", lengths="padded",
-             documents=(1.0, 0.0, 0.1)),
-        Case("packed", 5, 4, 2, 600, 600, 128, 128, "bf16", "causal", lengths="packed",
-             documents=(0.2, 0.0, 0.5, 0.05, 1.0), tail=40),
-        Case("packed-window", 4, 4, 2, 500, 500, 256, 256, "fp16", "window(50, 0)", lengths="packed", softcap=30.0,
-             documents=(1.0, 0.4, 0.0, 0.6)),
-    ],
-    ids=lambda case: case.name,
-)  # fmt: skip
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_math(case: Case) -> None:
     inputs = case.inputs("cuda")
     plan = torch_flash2.explain(*inputs.arguments, **inputs.keywords)

@@ -5,10 +5,7 @@ B segments, H query heads, G key/value heads, M query rows, N keys, D head dim o
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -75,16 +72,12 @@ def rather_not(problem: Problem) -> Iterator[str]:
         yield "its tiles of 128 keys would keep less than half of the GPU busy"
 
 
-@functools.cache
-def _rows() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((Path(__file__).parent / "backward_configs.json").read_text())
-    return rows
-
-
 def config(problem: Problem) -> BackwardConfig:
     """The row of backward_configs.json for the next head dims."""
     row = next(
-        row for row in _rows() if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
+        row
+        for row in calls.table("backward_configs.json")
+        if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
     fused = None if row["fused"] is None else Config(**row["fused"])
     return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused)

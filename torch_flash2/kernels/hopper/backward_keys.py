@@ -31,9 +31,7 @@ from .backward_pipeline import (
     filled,
     freed,
     key_task,
-    landed,
     load_tiles,
-    operand,
     outer,
     scored,
     seen_by_keys,
@@ -41,21 +39,15 @@ from .backward_pipeline import (
     tile_ring,
     vector_ring,
     view,
-    zeros,
 )
-from .pipeline import Ring, matrix, ring_barriers, tasks_of
+from .pipeline import Ring, barrier_asm, landed, matrix, operand, ring_barriers, tasks_of, zeros
 
 
 @gluon.jit
 def _sync(THREADS: gl.constexpr):
     """Wait for all consumer warpgroups (a named barrier, which Gluon lacks; Triton itself uses those from 0 on)."""
-    ASM: gl.constexpr = _sync_asm(THREADS)
+    ASM: gl.constexpr = barrier_asm("bar.sync", 8, THREADS)
     gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.constexpr_function
-def _sync_asm(threads):
-    return f"bar.sync 8, {threads}; mov.u32 $0, $1;"
 
 
 @gluon.jit

@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from ..bundles import Rows
@@ -261,32 +260,6 @@ def accumulate(x, data, first, acc, ROWS: gl.constexpr, WIDTH: gl.constexpr, CHU
     for c in gl.static_range(CHUNKS):
         result = result + (warpgroup_mma(x, view(data, first + c, ROWS, WIDTH), acc[c], is_async=True),)
     return result
-
-
-@gluon.jit
-def landed(acc, PENDING: gl.constexpr):
-    """The accumulators once at most PENDING products are in flight."""
-    if len(acc) == 1:
-        return (warpgroup_mma_wait(PENDING, acc),)
-    else:
-        return warpgroup_mma_wait(PENDING, acc)
-
-
-@gluon.jit
-def operand(x, WIDTH: gl.constexpr, DTYPE: gl.constexpr):
-    """A tile [64, rows] as the register operand of `accumulate`; this moves no data between threads."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    return gl.convert_layout(x.to(DTYPE), gl.DotOperandLayout(0, ACC, 2))
-
-
-@gluon.jit
-def zeros(WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
-    """An accumulator [64, CHUNKS * WIDTH] of zeros."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    acc = ()
-    for _ in gl.static_range(CHUNKS):
-        acc = acc + (gl.zeros([64, WIDTH], gl.float32, ACC),)
-    return acc
 
 
 @gluon.jit

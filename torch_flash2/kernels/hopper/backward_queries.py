@@ -24,16 +24,13 @@ from .backward_pipeline import (
     accumulate,
     filled,
     freed,
-    landed,
     load_tiles,
-    operand,
     outer,
     scored,
     store_gradient,
     tile_ring,
-    zeros,
 )
-from .pipeline import query_task, tasks_of
+from .pipeline import landed, operand, query_task, tasks_of, zeros
 
 
 @gluon.jit

@@ -5,7 +5,11 @@ B batch, H query heads, D head dim.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -62,3 +66,10 @@ def swizzle(problem: Problem, call: Call) -> int:
 
 def hides(problem: Problem) -> bool:
     return bool(problem.mask.bands) or problem.packed_k or "used_k" in problem.lengths
+
+
+@functools.cache
+def table(name: str) -> list[dict[str, Any]]:
+    """The rows of a table of configurations beside this file."""
+    rows: list[dict[str, Any]] = json.loads((Path(__file__).parent / name).read_text())
+    return rows

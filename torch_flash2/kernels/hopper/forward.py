@@ -5,11 +5,8 @@ B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -50,18 +47,12 @@ def rather_not(problem: Problem) -> Iterator[str]:
         yield "its tiles of 128 query rows would keep less than half of the GPU busy"
 
 
-@functools.cache
-def _rows() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((Path(__file__).parent / "configs.json").read_text())
-    return rows
-
-
 def config(problem: Problem) -> Config:
     """The row of configs.json for the next head dims, with or without a mask, for the most keys that the call has."""
     masked = bool(problem.mask.bands or problem.lengths)
     fitting = [
         row
-        for row in _rows()
+        for row in calls.table("configs.json")
         if problem.head_dim <= row["head_dim"]
         and problem.head_dim_v <= row["head_dim_v"]
         and row["masked"] in (None, masked)

@@ -34,13 +34,16 @@ from .pipeline import (
     Rule,
     free_task,
     get_task,
+    landed,
     matrix,
+    operand,
     pass_turn,
     query_task,
     ring_barriers,
     take_turn,
     task_ring,
     tasks_of,
+    zeros,
 )
 
 FLAGS = gl.constexpr(COUNTERS)
@@ -120,21 +123,6 @@ def _weight_value(p, buffers, stage, acc, SHAPE: gl.constexpr):
         v = buffers.v.data.index(stage * CHUNKS_V + c)._reinterpret(DTYPE, [BLOCK_N, WIDTH_V], matrix(WIDTH_V, 2))
         result = result + (warpgroup_mma(p, v, acc[c], is_async=True),)
     return result
-
-
-@gluon.jit
-def _landed(acc, SHAPE: gl.constexpr):
-    """The accumulators once every product in flight is done."""
-    if SHAPE.CHUNKS_V == 1:
-        return (warpgroup_mma_wait(0, acc),)
-    else:
-        return warpgroup_mma_wait(0, acc)
-
-
-@gluon.jit
-def _as_operand(p, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """P as the register operand of P V; this moves no data between threads."""
-    return gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, LAYOUT, 2))
 
 
 @gluon.jit
@@ -285,17 +273,6 @@ def _store_by_pointer(tile, row, column, limit, rows):
 
 
 @gluon.jit
-def _zeros(SHAPE: gl.constexpr):
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    WIDTH: gl.constexpr = SHAPE.WIDTH_V
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    acc = ()
-    for _ in gl.static_range(CHUNKS_V):
-        acc = acc + (gl.zeros([64, WIDTH], gl.float32, ACC),)
-    return acc
-
-
-@gluon.jit
 def _scale_all(acc, factor, SHAPE: gl.constexpr):
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
@@ -317,7 +294,6 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     Q_STAGES: gl.constexpr = SHAPE.Q_STAGES
     NEXT: gl.constexpr = (WG + 1) % GROUPS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
     DTYPE: gl.constexpr = inputs.v.dtype
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
     if SHAPE.TURNS:
@@ -337,8 +313,8 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     if (top < full_start) | (top >= full_stop):
         s = _masked(s, top, 0, rule, buffers, WG, SHAPE, STEPS)
     p, row_max, sums = _first_softmax(s, scored)
-    p = p if SHAPE.LATE else _as_operand(p, ACC, DTYPE)
-    acc = _zeros(SHAPE)
+    p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
+    acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     decay = gl.full([64], 1.0, gl.float32, ROWS)
     used += 1
     mbarrier.wait(buffers.k.filled.index(1 % STAGES), (1 // STAGES) & 1, pred=task.count > 1)
@@ -352,7 +328,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
                 take_turn(WG)
             s = _query_key(buffers, slot, stage, WG, SHAPE)
             acc = _scale_all(acc, decay, SHAPE)
-            p16 = _as_operand(p, ACC, DTYPE) if SHAPE.LATE else p
+            p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
             mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
             acc = _weight_value(p16, buffers, stage_v, acc, SHAPE)
             if SHAPE.TURNS:
@@ -375,9 +351,9 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             row_max = new_max
             # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
             mbarrier.wait(buffers.k.filled.index(used % STAGES), (used // STAGES) & 1, pred=j + 1 < count)
-            acc = _landed(acc, SHAPE)
+            acc = landed(acc, 0)
             mbarrier.arrive(buffers.v.free.index(stage_v))
-            p = p if SHAPE.LATE else _as_operand(p, ACC, DTYPE)
+            p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
 
         # Between tasks: the last P V of this one beside the first Q K^T of the next one.
         acc = _scale_all(acc, decay, SHAPE)
@@ -394,7 +370,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if SHAPE.TURNS:
             take_turn(WG)
         s = _query_key(buffers, slot, stage, WG, SHAPE)
-        p16 = _as_operand(p, ACC, DTYPE) if SHAPE.LATE else p
+        p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
         mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
         acc = _weight_value(p16, buffers, stage_v, acc, SHAPE)
         if SHAPE.TURNS:
@@ -410,14 +386,14 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         p, row_max, sums = _first_softmax(s, scored)
         used += 1
         mbarrier.wait(buffers.k.filled.index(used % STAGES), (used // STAGES) & 1, pred=following.count > 1)
-        acc = _landed(acc, SHAPE)
+        acc = landed(acc, 0)
         mbarrier.arrive(buffers.v.free.index(stage_v))
-        p = p if SHAPE.LATE else _as_operand(p, ACC, DTYPE)
+        p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
         # Read once more: the fields that only this needs would take registers from the loops.
         task = get_task(buffers.tasks, done, 4)
         _finish(acc, old_max, old_sums, task, rule, inputs, buffers, WG, SHAPE)
         free_task(buffers.tasks, done)
-        acc = _zeros(SHAPE)
+        acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
         decay = gl.full([64], 1.0, gl.float32, ROWS)
         done += 1
     if SHAPE.TURNS:

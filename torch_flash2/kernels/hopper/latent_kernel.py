@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..device import bands, scores, tiles
 from ..triton import splitting
 from . import compat
-from .forward_kernel import _as_operand, _finite_base, _landed, _partial_sums, _scale_all, _times_rows, _zeros
-from .pipeline import matrix
+from .forward_kernel import _finite_base, _partial_sums, _scale_all, _times_rows
+from .pipeline import landed, matrix, operand, zeros
 
 # Query rows and keys of a tile; columns of a chunk; chunks of the value, and how many of them a warpgroup has.
 ROWS = gl.constexpr(64)
@@ -338,7 +338,6 @@ def _hand_over(p16, factor, buffers, j):
 def _score(rule, buffers, part, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The first warpgroup: scores, softmax, and the first half of the value's columns."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
     DTYPE: gl.constexpr = buffers.k.dtype
     L: gl.constexpr = gl.SliceLayout(1, S)
     scale2 = rule.scoring.scale * scores.LOG2E
@@ -356,11 +355,11 @@ def _score(rule, buffers, part, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     p16 = p.to(DTYPE)
     decay = gl.full([ROWS], 1.0, gl.float32, L)
     _hand_over(p16, decay, buffers, 0)
-    acc = _zeros(SHAPE)
+    acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     for j in range(1, part.count):
         # P V of the last tile goes first: its buffer is free while Q K^T of this one runs.
         acc = _scale_all(acc, decay, SHAPE)
-        acc = _weight_value(_as_operand(p16, ACC, DTYPE), buffers, j - 1, acc, 0, SHAPE)
+        acc = _weight_value(operand(p16, SHAPE.WIDTH_V, DTYPE), buffers, j - 1, acc, 0, SHAPE)
         s = _query_key(buffers, j, SHAPE)
         acc = warpgroup_mma_wait(SHAPE.CHUNKS, acc)
         mbarrier.arrive(buffers.free.index(((j - 1) % STAGES) * PARTS + 2))
@@ -381,8 +380,8 @@ def _score(rule, buffers, part, SHAPE: gl.constexpr, STEPS: gl.constexpr):
         p16 = p.to(DTYPE)
         _hand_over(p16, decay, buffers, j)
     acc = _scale_all(acc, decay, SHAPE)
-    acc = _weight_value(_as_operand(p16, ACC, DTYPE), buffers, part.count - 1, acc, 0, SHAPE)
-    acc = _landed(acc, SHAPE)
+    acc = _weight_value(operand(p16, SHAPE.WIDTH_V, DTYPE), buffers, part.count - 1, acc, 0, SHAPE)
+    acc = landed(acc, 0)
 
     row_sum = gl.convert_layout(gl.sum(gl.sum(sums, 2), 1), L)
     weight, lse2 = _weights(row_max, row_sum, rule, part)
@@ -399,13 +398,13 @@ def _weigh(rule, buffers, part, SHAPE: gl.constexpr):
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
     L: gl.constexpr = gl.SliceLayout(1, ACC)
     _load_queries(rule, buffers, part, SHAPE)
-    acc = _zeros(SHAPE)
+    acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     for j in range(part.count):
         stage = j % STAGES
         mbarrier.wait(buffers.p_filled.index(0), j & 1)
         acc = _scale_all(acc, buffers.factor.load(L), SHAPE)
         mbarrier.wait(buffers.filled.index(stage * PARTS + 1), (j // STAGES) & 1)
-        acc = _landed(_weight_value(buffers.p, buffers, j, acc, 1, SHAPE), SHAPE)
+        acc = landed(_weight_value(buffers.p, buffers, j, acc, 1, SHAPE), 0)
         mbarrier.arrive(buffers.p_free.index(0))
         mbarrier.arrive(buffers.free.index(stage * PARTS + 1))
     mbarrier.wait(buffers.p_filled.index(0), part.count & 1)
@@ -475,8 +474,8 @@ def _store_nothing(rule, part, SHAPE: gl.constexpr):
     zero = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, ACC))
     _store_lse(zero - float("inf"), rule, part)
     if rule.splits.out is None:
-        _store(_zeros(SHAPE), zero, rule, part, 0, SHAPE)
-        _store(_zeros(SHAPE), zero, rule, part, 1, SHAPE)
+        _store(zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V), zero, rule, part, 0, SHAPE)
+        _store(zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V), zero, rule, part, 1, SHAPE)
 
 
 @gluon.jit

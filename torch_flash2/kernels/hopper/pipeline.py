@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from ..device import bands, tiles
 
@@ -230,7 +230,7 @@ def query_task(index, swizzle, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK
 
 
 @gluon.constexpr_function
-def _barrier_asm(instruction, index, threads):
+def barrier_asm(instruction, index, threads):
     return f"{instruction} {index}, {threads}; mov.u32 $0, $1;"
 
 
@@ -238,14 +238,14 @@ def _barrier_asm(instruction, index, threads):
 def take_turn(WG: gl.constexpr):
     """Wait until the warpgroup before this one has issued its products (named barriers, which Gluon lacks; Triton
     itself uses those from 0 on, one for each partition)."""
-    ASM: gl.constexpr = _barrier_asm("bar.sync", 8 + WG, 256)
+    ASM: gl.constexpr = barrier_asm("bar.sync", 8 + WG, 256)
     gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def pass_turn(WG: gl.constexpr):
     """Let warpgroup WG issue its products."""
-    ASM: gl.constexpr = _barrier_asm("bar.arrive", 8 + WG, 256)
+    ASM: gl.constexpr = barrier_asm("bar.arrive", 8 + WG, 256)
     gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -253,3 +253,29 @@ def pass_turn(WG: gl.constexpr):
 def matrix(width, rank):
     """The shared layout of a tile [..., rows, width] of 16-bit elements."""
     return gl.NVMMASharedLayout(min(width * 2, 128), 16, rank)
+
+
+@gluon.jit
+def landed(acc, PENDING: gl.constexpr):
+    """The accumulators once at most PENDING products are in flight."""
+    if len(acc) == 1:
+        return (warpgroup_mma_wait(PENDING, acc),)
+    else:
+        return warpgroup_mma_wait(PENDING, acc)
+
+
+@gluon.jit
+def operand(x, WIDTH: gl.constexpr, DTYPE: gl.constexpr):
+    """A tile [64, rows] as the register operand of a product into WIDTH columns; this moves no data between threads."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    return gl.convert_layout(x.to(DTYPE), gl.DotOperandLayout(0, ACC, 2))
+
+
+@gluon.jit
+def zeros(WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """An accumulator [64, CHUNKS * WIDTH] of zeros."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    acc = ()
+    for _ in gl.static_range(CHUNKS):
+        acc = acc + (gl.zeros([64, WIDTH], gl.float32, ACC),)
+    return acc
