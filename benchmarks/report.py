@@ -140,6 +140,23 @@ def feature_table(rows: list[Row], ratios: list[Row]) -> str:
     return f"{_table(header, lines)}\n\n{legend}"
 
 
+def model_table(rows: list[Row], ratios: list[Row]) -> str:
+    """One line for each case and direction: every provider's time, and our speed over the fastest peer that ran it."""
+    providers = _unique(row["provider"] for row in rows)
+    lines = []
+    for case, dtype, direction in dict.fromkeys((r["case"], r["dtype"], r["direction"]) for r in rows):
+        found = {r["provider"]: r for r in rows if (r["case"], r["dtype"], r["direction"]) == (case, dtype, direction)}
+        times = {name: float(row["ms"]) for name, row in found.items()}
+        peers = {name: ms for name, ms in times.items() if not name.startswith("torch_flash2")}
+        fastest = min(peers, key=lambda name: peers[name], default="-")
+        ours = next((row for name, row in found.items() if name not in peers), None)
+        speed = [] if ours is None else _find(ratios, ours, "speed", versus=fastest)
+        over = "{value} ({low}..{high})".format_map(speed[0]) if speed else "-"
+        shown = [f"{times[name]:.3f}" if name in times else "-" for name in providers]
+        lines.append([case, f"{direction}, {dtype}", *shown, fastest, over])
+    return _table(["case", "ms", *providers, "fastest peer", "speed over it"], lines)
+
+
 def error_table(ratios: list[Row]) -> str:
     """Relative errors against float64 of the fp32 cases; empty where there are none."""
     errors = [r for r in ratios if r["kind"] == "error" and r["dtype"] == "fp32"]
@@ -201,6 +218,8 @@ def refusals(ratios: list[Row]) -> list[str]:
 
 def console(rows: list[Row], ratios: list[Row]) -> str:
     """All of a run in a few thousand characters: the means last."""
+    if any(row["suite"] == "models" for row in rows):
+        return "\n".join([model_table(rows, ratios), *(f"not run: {line}" for line in refusals(ratios))])
     lines: list[str] = []
     for case, direction in dict.fromkeys((r["case"], r["direction"]) for r in rows):
         cells = []
@@ -279,6 +298,8 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
             texts[path.stem] = f"{context_parallel_table(rows)}\n\n{source}"
         elif path.stem == "memory":
             texts[path.stem] = f"{memory_table(rows)}\n\nIn parentheses: computed, it was not run. {source}"
+        elif path.stem == "models":
+            texts[path.stem] = f"{model_table(rows, ratios)}\n\n{source}"
         elif path.stem == "decode":
             texts[path.stem] = f"{decode_table(rows, ratios)}\n\n{source}"
         else:

@@ -182,9 +182,27 @@ def _features(direction: str) -> list[Group]:
 
 
 def _models() -> list[Group]:
-    """Attention of well-known models, as the tests have it."""
-    cases = [case for case in CASES.values() if "model" in case.tags]
-    return [Group((Shape(case, direction),), ("sdpa",)) for direction in DIRECTIONS for case in cases]
+    """Attention of well-known models: at full length beside the fastest peers, then as the tests have it."""
+    peers = ("fa3", "fa4", "cudnn", "flex")
+    window: dict[str, Any] = dict(mask="causal & window(4096, 0)")
+    packed: dict[str, Any] = dict(mask="causal", batch=8, lengths="packed", documents=(1 / 8,) * 8)
+    llama, deepseek = (1, 32, 8, 8192, 128), (1, 128, 128, 4096, 192)
+    long, gemma = (1, 32, 8, 16384, 128), (1, 8, 4, 8192, 256)
+    cases = [
+        _case("llama3.1-8b-8k", llama, mask="causal"),
+        _case("llama3.1-8b-8k", llama, mask="causal", dtype="fp16"),
+        _case("deepseek-v3-4k", deepseek, mask="causal", head_dim_v=128),
+        _case("window4096-16k", long, **window),
+        _case("documents8-16k", long, **packed),
+        _case("gemma2-8k", gemma, softcap=50.0, **window),
+    ]
+    shapes = [Shape(case, direction) for direction in DIRECTIONS for case in cases]
+    shapes.insert(2, Shape(_case("llama3.1-8b-32k", (1, 32, 8, 32768, 128), mask="causal"), "forward"))
+    tested = [case for case in CASES.values() if "model" in case.tags]
+    return [
+        *(Group((shape,), peers) for shape in shapes),
+        *(Group((Shape(case, direction),), ("sdpa",)) for direction in DIRECTIONS for case in tested),
+    ]
 
 
 def _memory(quick: bool) -> list[Group]:

@@ -160,16 +160,16 @@ NEW = "torch.backends.cuda.matmul.fp32_precision"
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("", "tf32x3"),
-        ("torch.set_float32_matmul_precision('highest')", "tf32x3"),
+        ("", "bf16x6"),
+        ("torch.set_float32_matmul_precision('highest')", "bf16x6"),
         ("torch.set_float32_matmul_precision('high')", "tf32x3"),
         ("torch.set_float32_matmul_precision('medium')", "tf32"),
-        (f"{NEW} = 'ieee'", "tf32x3"),
+        (f"{NEW} = 'ieee'", "bf16x6"),
         (f"{NEW} = 'tf32'", "tf32"),
         ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-        (f"torch.set_float32_matmul_precision('medium'); {NEW} = 'ieee'", "tf32x3"),
-        (f"{NEW} = 'tf32'; torch.set_float32_matmul_precision('highest')", "tf32x3"),
-        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "tf32x3"),
+        (f"torch.set_float32_matmul_precision('medium'); {NEW} = 'ieee'", "bf16x6"),
+        (f"{NEW} = 'tf32'; torch.set_float32_matmul_precision('highest')", "bf16x6"),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "bf16x6"),
     ],
 )
 def test_matmul_precision(code: str, expected: str) -> None:

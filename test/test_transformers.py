@@ -145,7 +145,7 @@ def results(
 
 
 def compare(model: Any, inputs: dict[str, Any], counts: torch.Tensor, dtype: torch.dtype) -> None:
-    """Every error against fp64 at most twice that of eager in the same dtype, plus rounding."""
+    """Every error against fp64 at most twice that of eager in the same dtype, plus that of rounding the result."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def run(implementation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -158,17 +158,15 @@ def compare(model: Any, inputs: dict[str, Any], counts: torch.Tensor, dtype: tor
         exact = run("eager", torch.float64)
     eager, ours = run("eager", dtype), run(NAME, dtype)
     assert ours.keys() == exact.keys()
-    # Products of fp32 on a GPU keep 22 bits.
-    on_gpu = next(model.parameters()).is_cuda
-    unit = 2**-21 if on_gpu and dtype == torch.float32 else torch.finfo(dtype).eps
-    steepest = max(value.abs().max() for name, value in exact.items() if name != "logits")
+    steepest = max(value.norm() for name, value in exact.items() if name != "logits")
     for name, value in exact.items():
-        allowed = (eager[name] - value).abs().max()
+        # Over the whole tensor: its worst element is one draw, and may be too good by chance.
+        allowed = (eager[name] - value).norm()
         # The gradient of a key's bias is rounding alone.
-        scale = steepest if name.endswith("bias") else 0
-        noise = 4 * unit * max(value.abs().max(), scale)
-        error = (ours[name] - value).abs().max()
-        assert error <= 2 * allowed + noise, f"{name}: {error:.2e}, eager has {allowed:.2e}"
+        scale = max(value.norm(), steepest) if name.endswith("bias") else value.norm()
+        error = (ours[name] - value).norm()
+        rounding = torch.finfo(dtype).eps / 2 * scale
+        assert error <= 2 * allowed + rounding, f"{name}: {error:.2e}, eager has {allowed:.2e}"
 
 
 @pytest.fixture

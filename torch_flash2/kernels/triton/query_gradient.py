@@ -58,7 +58,8 @@ def _accumulate_carefully(
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     # Of 16-bit products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200, 2026-11-21).
-    TURNED: tl.constexpr = keys.x.ptr.dtype.element_ty.primitive_bitwidth == 16
+    BITS: tl.constexpr = keys.x.ptr.dtype.element_ty.primitive_bitwidth
+    TURNED: tl.constexpr = BITS == 16 or MODE.PRECISION == "bf16x6"
     q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
     do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
@@ -87,7 +88,7 @@ def _accumulate_carefully(
             part, bad = tiles.finite(tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
             if TURNED:
-                acc = tl.dot(part.T, ds.to(part.dtype).T, acc)
+                acc = tl.dot(part.T, ds.to(part.dtype).T, acc, input_precision=MODE.PRECISION)
                 taint = tl.dot(bad.to(part.dtype).T, visible.to(part.dtype).T, taint)
             else:
                 acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
