@@ -55,7 +55,9 @@ def _axes(left: float, name: str, xs: list[float], top: float, step: float) -> l
         parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + WIDTH}" y2="{y:.1f}" stroke="#dddddd"/>')
         if left == LEFT:
             parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{i * step:g}</text>')
-    for x in xs:
+    # Too many to name: powers of two times the first.
+    named = xs if len(xs) <= 8 else [x for x in xs if math.log2(x / xs[0]) % 1 == 0]
+    for x in named:
         label = f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
         at = _x(left, xs, x)
         parts.append(f'<text x="{at:.1f}" y="{TOP + HEIGHT + 15}" text-anchor="middle">{label}</text>')

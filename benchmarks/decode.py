@@ -130,7 +130,7 @@ def _sdpa(shape: Shape, caches: Caches) -> Callable[..., torch.Tensor]:
 
 
 def _fa3(shape: Shape, caches: Caches) -> Callable[..., torch.Tensor]:
-    providers._load_peer("fa3")
+    providers.load_peer("fa3")
     case = shape.case
     left, _ = span(case.mask.partition(" @")[0])
     options: dict[str, Any] = dict(

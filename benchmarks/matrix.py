@@ -25,11 +25,11 @@ def measure(device: torch.device, dtype: str, size: int, rounds: int) -> Row:
     times = []
     for _ in range(rounds):
         torch.mm(a, b)
-        _finish(device)
+        finish(device)
         start = time.perf_counter()
         for _ in range(calls):
             torch.mm(a, b)
-        _finish(device)
+        finish(device)
         times.append((time.perf_counter() - start) * 1e3 / calls)
         time.sleep(0.01)
     ms = statistics.median(times)
@@ -38,7 +38,8 @@ def measure(device: torch.device, dtype: str, size: int, rounds: int) -> Row:
     return environment(device) | names | measured
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -240,7 +240,12 @@ def _flex(shape: Shape, inputs: Inputs) -> Call:
     return torch.compile(run, dynamic=False)
 
 
-def _load_peer(name: str) -> None:
+def load_peer(name: str) -> None:
+    """Make "fa3" or "fa4" importable.
+
+    Raises:
+        RefusedError: it is not there.
+    """
     if "PEERS_HOME" in os.environ:
         import peers  # type: ignore[import-not-found]
 
@@ -296,7 +301,7 @@ def _peer_window(shape: Shape, *lacks: str) -> tuple[bool, int | None, int | Non
 
 def _fa3(shape: Shape, inputs: Inputs) -> Call:
     causal, left, right = _peer_window(shape, "sinks")
-    _load_peer("fa3")
+    load_peer("fa3")
     options: dict[str, Any] = dict(
         softmax_scale=inputs.scale or shape.case.head_dim**-0.5,
         is_causal=causal,
@@ -325,7 +330,7 @@ def _fa4(shape: Shape, inputs: Inputs) -> Call:
     causal, left, right = _peer_window(shape)
     if shape.case.lengths == "padded_k":
         raise RefusedError("FlashAttention-4 is measured without padding")
-    _load_peer("fa4")
+    load_peer("fa4")
     from flash_attn.cute import (  # type: ignore[import-not-found]
         flash_attn_func,
         flash_attn_varlen_func,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from .chart import Line, Panel, chart
-from .results import COLUMNS, RATIO_COLUMNS, Row, Table
+from .results import COLUMNS, LOSS_COLUMNS, RATIO_COLUMNS, Row, Table
 
 GRIDS = ("forward", "backward")
 # Pseudo-providers of the decode suite: the machine's own rates.
@@ -91,15 +92,53 @@ def grid_means_table(ratios: list[Row]) -> str:
 
 
 def train_table(rows: list[Row]) -> str:
-    """A training step: time, the same over ours, and peak memory."""
+    """A training step: time, the same over ours, tokens a second, peak memory, and the share of a matrix product's rate
+    that the model's own operations reach, where that rate was measured beside it."""
     lines = []
     for case in _unique(row["case"] for row in rows):
         steps = {row["provider"]: row for row in rows if row["case"] == case}
-        ours = steps.get("torch_flash2")
+        ours, rate = steps.get("torch_flash2"), steps.pop("matmul", None)
+        batch = re.search(r"-b(\d+)-", case)
         for name, row in steps.items():
-            over = f"{float(row['ms']) / float(ours['ms']):.2f}" if ours is not None else "-"
-            lines.append([case, name, f"{float(row['ms']):.1f}", over, f"{float(row['peak_mib']):,.0f}"])
-    return _table(["step", "attn_implementation", "ms", "x ours", "peak MiB"], lines)
+            ms = float(row["ms"])
+            over = f"{ms / float(ours['ms']):.2f}" if ours is not None else "-"
+            tokens = int(row["seqlen"]) * (int(batch[1]) if batch else 1) / ms * 1e3
+            share = f"{float(row['tflops']) / float(rate['tflops']):.3f}" if rate is not None else "-"
+            lines.append([case, name, f"{ms:.1f}", over, f"{tokens:,.0f}", share, f"{float(row['peak_mib']):,.0f}"])
+    return _table(["step", "attention", "ms", "x ours", "tokens/s", "MFU", "peak MiB"], lines)
+
+
+def loss_lines(rows: list[Row]) -> dict[str, list[float]]:
+    """The losses of each run by step."""
+    lines: dict[str, list[float]] = {}
+    for row in sorted(rows, key=lambda r: int(r["step"])):
+        lines.setdefault(row["provider"], []).append(float(row["loss"]))
+    return lines
+
+
+def loss_table(rows: list[Row]) -> str:
+    """Losses in nats a byte: where each run ended, and how far it was from stock attention's, on average over steps."""
+    runs = loss_lines(rows)
+    base = runs.get("sdpa", next(iter(runs.values())))
+    lines = [
+        [
+            rows[0]["case"], name, str(len(losses)), f"{losses[0]:.4f}",
+            f"{statistics.mean(losses[-20:]):.4f}",
+            f"{statistics.mean(abs(a - b) for a, b in zip(losses, base, strict=True)):.5f}",
+        ]
+        for name, losses in runs.items()
+    ]  # fmt: skip
+    return _table(["run", "attention", "steps", "first loss", "last 20", "from sdpa"], lines)
+
+
+def loss_chart(rows: list[Row]) -> str:
+    """Every run's losses over the steps, means of ten."""
+    panel: list[Line] = []
+    for name, losses in loss_lines(rows).items():
+        tens = [losses[i : i + 10] for i in range(0, len(losses), 10)]
+        panel.append((name, [(10.0 * i + len(ten), statistics.mean(ten)) for i, ten in enumerate(tens)]))
+    title = f"{rows[0]['case']}, {rows[0]['device']}"
+    return chart(title, "loss in nats a byte", [("steps", panel)])
 
 
 def context_parallel_table(rows: list[Row]) -> str:
@@ -281,6 +320,11 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         # sdpa.csv has columns of its own, for policy.json.
         if path.stem.endswith("_ratios") or path.stem in ("matrix", "sdpa"):
             continue
+        if path.stem == "loss":
+            losses = _read(path, LOSS_COLUMNS)
+            texts[path.stem] = f"{loss_table(losses)}\n\n{_provenance(losses)}"
+            drawings["loss.svg"] = loss_chart(losses)
+            continue
         rows, ratios = _read(path, COLUMNS), _read(folder / f"{path.stem}_ratios.csv", RATIO_COLUMNS)
         if not rows:
             continue
@@ -340,7 +384,7 @@ def write(folder: Path, readme: Path | None) -> None:
     parts = ["# Measurements", "Made by `python -m benchmarks report` from the CSV files here."]
     for name, text in texts.items():
         parts += [f"## {name}", text]
-        parts += [f"![{file}]({file})" for file in drawings if file.startswith(f"{name}_")]
+        parts += [f"![{file}]({file})" for file in drawings if re.match(rf"{name}[_.]", file)]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     for file, drawing in drawings.items():
         (folder / file).write_text(drawing)

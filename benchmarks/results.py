@@ -25,6 +25,7 @@ RATIO_COLUMNS = (
     "date", "commit", "device", "suite", "case", "direction", "dtype", "head_dim", "causal",
     "seqlen", "provider", "kind", "versus", "value", "low", "high", "note",
 )  # fmt: skip
+LOSS_COLUMNS = ("date", "commit", "device", "driver", "torch", "triton", "case", "step", "provider", "loss")
 _IDENTITY = ("suite", "case", "direction", "dtype", "provider", "kind", "versus")
 Row = dict[str, str]
 
@@ -77,6 +78,10 @@ class Table:
     def append(self, row: Row) -> None:
         """Write a row at once; columns that it lacks stay empty."""
         self._write("a", [row])
+
+    def replace(self, rows: list[Row]) -> None:
+        """Write these rows, and no others."""
+        self._write("w", rows)
 
     def rows(self) -> list[Row]:
         with self.path.open(newline="") as file:

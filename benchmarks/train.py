@@ -1,7 +1,8 @@
-"""Training steps of transformers' Gemma2, each attn_implementation beside the others: `--suite train`.
+"""Training: steps of transformers' Gemma2, each attn_implementation beside the others, and a GPT: `--suite train`.
 
-The shapes are Gemma2-2B's (hidden 2304, 8 query heads on 4, head dim 256, softcap 50, window 4096), with fewer layers
-and a smaller vocabulary, so that eager's scores fit; weights are random. Loss and gradients are checked before they are
+gpt.py has the GPT; `--filter gemma2`, `--filter gpt-1.3b` and `--filter gpt-85m` choose one part. Gemma2's shapes are
+those of Gemma2-2B (hidden 2304, 8 query heads on 4, head dim 256, softcap 50, window 4096), with fewer layers and a
+smaller vocabulary, so that eager's scores fit; weights are random. Loss and gradients are checked before they are
 timed. It appends to benchmarks/results/<gpu>/train.csv.
 """
 
@@ -19,6 +20,8 @@ import torch
 
 import torch_flash2
 
+from . import gpt
+from .gpt import error
 from .results import COLUMNS, Row, Table, environment
 from .runner import Options, progress, say
 
@@ -59,14 +62,6 @@ def results(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> tuple[float, float]:
-    """Of the loss, and the norm of all gradients' errors over that of the gradients."""
-    pairs = list(zip(found[1:], wanted[1:], strict=True))
-    off = sum(float((a.float() - b).square().sum()) for a, b in pairs)
-    whole = sum(float(b.square().sum()) for _, b in pairs)
-    return float((found[0] - wanted[0]).abs() / wanted[0].abs()), (off / whole) ** 0.5
-
-
 def time_of(step: Callable[[], None], device: torch.device) -> float:
     """Milliseconds of a step."""
     if device.type == "cuda":
@@ -79,6 +74,13 @@ def time_of(step: Callable[[], None], device: torch.device) -> float:
 
 
 def run(options: Options) -> None:
+    """Every part whose name the filter finds."""
+    for name, part in {"gemma2": gemma2, "gpt-1.3b": gpt.speed, "gpt-85m": gpt.curves}.items():
+        if re.search(options.pattern, name):
+            part(options)
+
+
+def gemma2(options: Options) -> None:
     """All implementations, in the same rounds, once each is within twice eager's own error against fp32."""
     device = torch.device(options.device)
     tiny = device.type != "cuda"
@@ -100,7 +102,7 @@ def run(options: Options) -> None:
         try:
             model.set_attn_implementation(name)
             found = error(results(model, tokens), wanted)
-        except (RuntimeError, ValueError) as refusal:
+        except (RuntimeError, ValueError, ImportError) as refusal:
             # "sdpa" has no softcap, and says so or not.
             say(f"  refused: {str(refusal).splitlines()[0][:100]}")
             model.zero_grad(set_to_none=True)
