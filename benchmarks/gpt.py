@@ -151,7 +151,11 @@ def of_options(options: Options, name: str) -> tuple[torch.device, demo.Size, li
 
 
 def started(names: list[str], size: demo.Size, device: torch.device) -> dict[str, Trainee]:
-    """The attentions whose gradients are within twice stock's own error against fp32, each ready to train."""
+    """The attentions whose gradients are within twice stock's own error against fp32, each ready to train.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     torch.manual_seed(0)
     with device:
         first = demo.GPT(size, stock)
@@ -177,6 +181,8 @@ def started(names: list[str], size: demo.Size, device: torch.device) -> dict[str
             say(f"  wrong: errors of loss and gradients {off}, allowed are {allowed}")
             continue
         found[name] = trainee
+    if not found:
+        raise RuntimeError("no attention was right: the lines above say why")
     return found
 
 
@@ -195,12 +201,12 @@ def speed(options: Options) -> None:
         if device.type == "cuda":
             peaks[label] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
     times: dict[str, list[float]] = {label: [] for label in trainees}
-    rates = []
+    rates, order = [], list(trainees)
     for repeat in range(REPEATS):
         side = matrix.SIZE if device.type == "cuda" else 64
         rates.append(2e-9 * side**3 / float(matrix.measure(device, "bf16", side, 8)["ms"]))
-        order = list(trainees)
-        for label in order[repeat % len(order) :] + order[: repeat % len(order)]:
+        order = order[1:] + order[:1]
+        for label in order:
             batches = list(demo.batches(text, size, steps, 3 + repeat, device))
             matrix.finish(device)
             start = time.perf_counter()

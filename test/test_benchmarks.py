@@ -7,15 +7,18 @@ import json
 import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     __main__,
     check,
     context_parallel,
     data,
+    gpt,
     kvcache,
     matrix,
     providers,
@@ -26,6 +29,7 @@ from benchmarks import (
     tune,
 )
 from benchmarks.results import COLUMNS, RATIO_COLUMNS, Table
+from torch_flash2.cli import demo
 
 CPU = torch.device("cpu")
 
@@ -354,9 +358,90 @@ def test_modules_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "[#############.......] 3/3 llama-b3-page256" in capsys.readouterr().err
 
 
+def test_models_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of every provider's time, and our speed over the fastest peer that ran."""
+    run(tmp_path, "--suite", "models", "--filter", "8b-8k|gemma2-8k", "--against", "math,efficient")
+    texts, _ = report.sections(tmp_path)
+    lines = [line.split(" | ") for line in texts["models"].splitlines() if line.startswith("| ")]
+    assert lines[0] == ["| case", "ms", "torch_flash2", "math", "fastest peer", "speed over it |"]
+    cases = [(line[0], line[1], line[4]) for line in lines[2:]]
+    dtypes = ("bf16", "fp16")
+    assert cases == [
+        (f"| {case}", f"{direction}, {dtype}", peer)
+        for direction in suites.DIRECTIONS
+        for case, peer, kinds in (("llama3.1-8b-8k", "math", dtypes), ("gemma2-8k", "-", dtypes[:1]))
+        for dtype in kinds
+    ]
+    assert texts["models"].split("\n\n")[0] in capsys.readouterr().out
+    rows = [{"case": "x", "dtype": "bf16", "direction": "forward", "suite": "models"} for _ in range(3)]
+    for row, (name, ms) in zip(rows, (("torch_flash2", "2.0"), ("fa3", "1.0"), ("flex", "3.0")), strict=True):
+        row |= {"provider": name, "ms": ms}
+    ratios = [
+        rows[0] | {"kind": "speed", "versus": name, "value": name, "low": "1", "high": "2"} for name in ("flex", "fa3")
+    ]
+    assert report.model_table(rows, ratios).endswith("| 2.000 | 1.000 | 3.000 | fa3 | fa3 (1..2) |")
+
+
+# Dynamo looks at the gradient of every input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_gpt_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All attentions learn alike, FlashAttention-3 by a stand-in; one that is wrong is not timed."""
+    peer = torch.library.Library("flash_attn_3", "DEF")
+    peer.define("fwd(Tensor q, Tensor k, Tensor v, *, bool is_causal, int num_splits) -> Tensor[]")
+    peer.define(
+        "bwd(Tensor g, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, *, bool is_causal, float softmax_scale)"
+        " -> Tensor[]"
+    )
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        assert options == dict(is_causal=True, num_splits=1)
+        out = gpt.stock(*(tensor.transpose(1, 2) for tensor in (q, k, v))).transpose(1, 2)
+        return [out, q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)]
+
+    def backward(*tensors: torch.Tensor, is_causal: bool, softmax_scale: float) -> list[torch.Tensor]:
+        g, q, k, v, out = (tensor.transpose(1, 2) for tensor in tensors[:5])
+        scores = (q @ k.mT * softmax_scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1) > 0, -torch.inf)
+        p = scores.float().softmax(-1).to(q.dtype)
+        ds = p * (g @ v.mT - (g * out).sum(-1, keepdim=True)) * softmax_scale
+        return [tensor.transpose(1, 2).contiguous() for tensor in (ds @ k, ds.mT @ q, p.mT @ g)]
+
+    peer.impl("fwd", forward, "CPU")
+    peer.impl("bwd", backward, "CPU")
+    monkeypatch.setattr(providers, "load_peer", lambda name: None)
+    wrong = dict(gpt.ATTENTIONS, wrong=lambda: lambda q, k, v: gpt.stock(q, k, v) * 1.05)
+    monkeypatch.setattr(gpt, "ATTENTIONS", wrong)
+    run(tmp_path, "--suite", "train", "--filter", "gpt", "--against", "sdpa,fa3,wrong,fa9")
+    said = capsys.readouterr().err
+    assert "wrong: errors of loss" in said and "fa9 is not measured" in said
+    assert [row["provider"] for row in read(tmp_path / "train.csv")] == ["matmul", "torch_flash2", "sdpa", "fa3"]
+    assert [row["versus"] for row in read(tmp_path / "train_ratios.csv")] == ["sdpa", "fa3"]
+    losses = report.loss_lines(read(tmp_path / "loss.csv"))
+    assert list(losses) == ["torch_flash2", "sdpa", "fa3", "sdpa, nudged"]
+    for line in losses.values():
+        assert len(line) == 6 and line == pytest.approx(losses["sdpa"], abs=2e-3) and line[-1] < line[0] - 0.1
+    texts, drawings = report.sections(tmp_path)
+    assert "| gpt-85m-b2-s32 | fa3 | 6 |" in texts["loss"] and "tokens/s | MFU" in texts["train"]
+    assert "polyline" in drawings["loss.svg"]
+
+
+def test_gpt_counts() -> None:
+    """Parameters by hand, and operations as the FLOP counter sees them."""
+    size = gpt.SIZES["gpt-1.3b"]
+    with torch.device("meta"):
+        model = demo.GPT(size, gpt.stock)
+    assert 1.3e9 < sum(parameter.numel() for parameter in model.parameters()) < 1.35e9
+    small = demo.Size(2, 32, 2, 32, 2, 6, 1e-3)
+    model, text = demo.GPT(small, demo.math_attention), torch.zeros(2, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(text).sum().backward()
+    # Math attention multiplies masked pairs too: of 32 x 32, 33 x 16 are visible.
+    hidden = 3 * 4 * 2 * 32 * (32 - 16.5) * 32 * 2
+    assert gpt.operations(small) == pytest.approx(counter.get_total_flops() - hidden)
+
+
 def test_train_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    run(tmp_path, "--suite", "train", "--against", "eager,sdpa")
+    run(tmp_path, "--suite", "train", "--filter", "gemma2", "--against", "eager,sdpa")
     # "sdpa" has no softcap: its gradients are others.
     assert [row["provider"] for row in read(tmp_path / "train.csv")] == ["torch_flash2", "eager"]
 
@@ -389,13 +474,19 @@ def test_context_parallel_notices() -> None:
 def test_train_table(tmp_path: Path) -> None:
     table = Table(tmp_path / "train.csv", COLUMNS)
     same = {"suite": "train", "case": "gemma2-l4-s8192", "device": "NVIDIA H200", "driver": "580", "torch": "2.11.0"}
+    same["seqlen"] = "8192"
     for name, ms in (("torch_flash2", "50.0"), ("eager", "120.0")):
         table.append(same | {"provider": name, "ms": ms, "peak_mib": "2048.0"})
     lines = report.sections(tmp_path)[0]["train"].splitlines()
     assert lines[2:4] == [
-        "| gemma2-l4-s8192 | torch_flash2 | 50.0 | 1.00 | 2,048 |",
-        "| gemma2-l4-s8192 | eager | 120.0 | 2.40 | 2,048 |",
+        "| gemma2-l4-s8192 | torch_flash2 | 50.0 | 1.00 | 163,840 | - | 2,048 |",
+        "| gemma2-l4-s8192 | eager | 120.0 | 2.40 | 68,267 | - | 2,048 |",
     ]
+    for name, ms, rate in (("matmul", "", "800.0"), ("torch_flash2", "500.0", "400.0")):
+        row = {"case": "gpt-1.3b-b2-s8192", "provider": name, "ms": ms, "tflops": rate, "peak_mib": "1.0"}
+        table.append(same | row)
+    (line,) = [line for line in report.sections(tmp_path)[0]["train"].splitlines() if "gpt" in line]
+    assert line == "| gpt-1.3b-b2-s8192 | torch_flash2 | 500.0 | 1.00 | 32,768 | 0.500 | 1 |"
     assert not list(tmp_path.glob("*_ratios.csv"))
 
 
