@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -74,6 +76,34 @@ def test_packed_ops(active: None, window: tuple[int, int]) -> None:
     wanted = torch.autograd.grad(out, leaves, grad.transpose(0, 1)[None])
     for one, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(one, other[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_varlen_attn(device: str) -> None:
+    """PyTorch's own function of packed documents, compiled too: causal ones, windows, and their gradients."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    torch._dynamo.reset()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    edges = torch.tensor([0, 7, 7, 20], dtype=torch.int32, device=device)
+    query, key, value, grad = (t.to(device, dtype) for t in tensors(*[(20, H, D)] * 4))
+    bound: dict[str, Any] = {} if device == "cpu" else dict(atol=2e-2, rtol=2e-2)
+    overrides = registry.Overrides(device.upper())
+    try:
+        for size, mask in (((-1, 0), "causal"), ((3, 0), "window(3, 0)"), ((-1, -1), "full")):
+            packed = [t.clone().requires_grad_() for t in (query, key, value)]
+            compiled = torch.compile(varlen_attn, backend="aot_eager") if size == (3, 0) else varlen_attn
+            with mock.patch.object(registry.direct, "run", wraps=registry.direct.run) as run:
+                out = compiled(*packed, edges, edges, 13, 13, window_size=size)
+            assert run.call_count == 1
+            leaves = [t.transpose(0, 1)[None].clone().requires_grad_() for t in (query, key, value)]
+            wanted = torch_flash2.attention(*leaves, f"{mask} @ bottom-right", lengths=Lengths(edges, edges))
+            torch.testing.assert_close(out, wanted[0].transpose(0, 1), **bound)
+            gradients = torch.autograd.grad(wanted, leaves, grad.transpose(0, 1)[None])
+            for one, other in zip(torch.autograd.grad(out, packed, grad), gradients, strict=True):
+                torch.testing.assert_close(one, other[0].transpose(0, 1), **bound)
+    finally:
+        overrides.remove()
 
 
 def test_dense_op_and_in_place(active: None) -> None:
