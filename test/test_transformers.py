@@ -393,7 +393,12 @@ def test_generate(name: str, cache: str, device: str, calls: list[Any]) -> None:
         options: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, disable_compile=True)
         if cache == "static":
             options["cache_implementation"] = "static"
-        out = model.generate(ids, attention_mask=keep, **options, return_dict_in_generate=True, output_scores=True)
+        try:
+            out = model.generate(ids, attention_mask=keep, **options, return_dict_in_generate=True, output_scores=True)
+        except TypeError as error:
+            if implementation == "eager":
+                pytest.skip(f"transformers {transformers.__version__} cannot itself: {error}")
+            raise
         generated[implementation], scores[implementation] = out.sequences, torch.stack(out.scores)
     assert torch.equal(generated[NAME], generated["eager"])
     torch.testing.assert_close(scores[NAME], scores["eager"], atol=2e-4, rtol=2e-4)
