@@ -5,6 +5,7 @@ B batch, H query heads, G key/value heads, M query rows, N keys, T rows of all d
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,36 @@ def test_varlen_attn(device: str) -> None:
             gradients = torch.autograd.grad(wanted, leaves, grad.transpose(0, 1)[None])
             for one, other in zip(torch.autograd.grad(out, packed, grad), gradients, strict=True):
                 torch.testing.assert_close(one, other[0].transpose(0, 1), **bound)
+    finally:
+        overrides.remove()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_varlen_attn_on_pages(device: str) -> None:
+    """New rows of sequences whose keys lie in pages, in one piece and in two splits."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "block_table" not in inspect.signature(varlen_attn).parameters:
+        pytest.skip(f"varlen_attn of torch {torch.__version__} has no pages")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    query, key, value = (t.to(device, dtype) for t in tensors((5, H, D), (6, 256, G, D), (6, 256, G, D)))
+    bound: dict[str, Any] = {} if device == "cpu" else dict(atol=2e-2, rtol=2e-2)
+    edges = torch.tensor([0, 1, 5], dtype=torch.int32, device=device)
+    used, table = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([300, 41], [[4, 1], [2, 0]]))
+    overrides = registry.Overrides(device.upper())
+    try:
+        for splits in (None, 1, 2):
+            with mock.patch.object(registry.direct, "run", wraps=registry.direct.run) as run:
+                found = varlen_attn(
+                    query, key, value, edges, None, 4, 512, window_size=(-1, 0), enable_gqa=True, seqused_k=used,
+                    block_table=table, num_splits=splits,
+                )  # fmt: skip
+            assert run.call_args.args[0].num_splits == splits
+            for b, count in enumerate(used.tolist()):
+                part = query[edges[b] : edges[b + 1]].transpose(0, 1)[None]
+                rows = [t[table[b].long()].flatten(0, 1)[:count].transpose(0, 1)[None] for t in (key, value)]
+                wanted = torch_flash2.attention(part, *rows, "causal @ bottom-right")[0].transpose(0, 1)
+                torch.testing.assert_close(found[edges[b] : edges[b + 1]], wanted, **bound)
     finally:
         overrides.remove()
 

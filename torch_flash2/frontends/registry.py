@@ -84,12 +84,14 @@ def _call(
     scale: float | None,
     options: dict[str, Any],
 ) -> Call:
-    """The op's call for tensors [B, H, M, D], or [1, H, T, D] with cumulative lengths."""
+    """The op's call for tensors [B, H, M, D], or [1, H, T, D] with cumulative lengths; keys and values of a block table
+    are [pages, page size, G, D]."""
     options = {name: value for name, value in options.items() if value is not None}
     left, right = (options.pop(f"window_size_{side}", -1) for side in ("left", "right"))
     alibi, used_k = options.pop("alibi_slopes", None), options.pop("seqused_k", None)
-    if unknown := [name for name, value in options.items() if not (name == "num_splits" and value <= 1)]:
-        raise _DeclinedError(f"torch_flash2 has no {', '.join(unknown)} here")
+    table, splits = options.pop("block_table", None), options.pop("num_splits", 0)
+    if options:
+        raise _DeclinedError(f"torch_flash2 has no {', '.join(options)} here")
     mask = masks.Mask((), None)
     if is_causal:
         mask = mask & masks.causal(align="bottom-right")
@@ -98,10 +100,10 @@ def _call(
         mask = mask & masks.window(*edges, align="bottom-right")
     packed = cu_q is not None
     return Call(
-        query, key, value, None, None, alibi, None, seed, cu_q, cu_k, None, used_k, None,
-        mask.template, mask.numbers, query.shape[3] ** -0.5 if scale is None else scale, None, dropout_p, None,
-        max_q if packed else None, max_k if packed else None,
-        torch.are_deterministic_algorithms_enabled(), dispatch.forced(),
+        query, key, value, None, None, alibi, None, seed, cu_q, None if table is not None else cu_k, None, used_k,
+        table, mask.template, mask.numbers, query.shape[3] ** -0.5 if scale is None else scale, None, dropout_p,
+        None if table is None else key.shape[1], max_q if packed else None, max_k if packed else None,
+        torch.are_deterministic_algorithms_enabled(), dispatch.forced(), splits or None,
     )  # fmt: skip
 
 
@@ -173,11 +175,13 @@ def _forward(
     scale: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
-    """Tensors are [B, M, H, D], or [T, H, D] with cumulative lengths."""
+    """Tensors are [B, M, H, D], or [T, H, D] with cumulative lengths; keys and values of a block table stay pages."""
     if return_debug_mask:
         raise _DeclinedError("torch_flash2 has no debug mask")
     seed, state, unused = _draw(dropout_p, query.device)
-    q, k, v = (_heads_first(tensor, cu_q) for tensor in (query, key, value))
+    q, k, v = _heads_first(query, cu_q), key, value
+    if options.get("block_table") is None:
+        k, v = _heads_first(key, cu_q), _heads_first(value, cu_q)
     call = _call(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, seed, scale, options)
     out, lse = direct.run(call)
     return _rows_first(out, cu_q), lse if cu_q is None else lse[0], state, unused, query.new_empty(0)
