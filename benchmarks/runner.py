@@ -98,6 +98,8 @@ class Run:
             pattern=options.pattern,
             tiny=self.device.type != "cuda",
         )
+        if not groups:
+            say(f"{self.name} has no case that {options.pattern!r} matches")
         for number, group in enumerate(groups, 1):
             names = ", ".join(shape.name for shape in group.shapes)
             progress(self.name, number, len(groups), f"{group.shapes[0].direction}: {names}")
