@@ -44,7 +44,7 @@ else
 fi
 
 # module=requirement; the linters are pinned, since each release words its findings anew.
-for entry in numpy=numpy pytest=pytest hypothesis=hypothesis expecttest=expecttest \
+for entry in numpy=numpy pytest=pytest xdist=pytest-xdist hypothesis=hypothesis expecttest=expecttest \
     matplotlib=matplotlib transformers=transformers==5.23.0 diffusers=diffusers==0.42.1 ruff=ruff==0.17.5 mypy=mypy==2.4.1 "triton=triton>=3.6,<3.10"; do
     module=${entry%%=*} requirement=${entry#*=}
     [ "$module" = triton ] && [ "$(uname -s)" != Linux ] && continue

@@ -396,8 +396,9 @@ def test_generate(name: str, cache: str, device: str, calls: list[Any]) -> None:
         try:
             out = model.generate(ids, attention_mask=keep, **options, return_dict_in_generate=True, output_scores=True)
         except TypeError as error:
+            # transformers 5.17 calls its own mask functions of llama4's static cache with arguments they lack.
             if implementation == "eager":
-                pytest.skip(f"transformers {transformers.__version__} cannot itself: {error}")
+                pytest.skip(f"this release of transformers cannot, with eager attention: {error}")
             raise
         generated[implementation], scores[implementation] = out.sequences, torch.stack(out.scores)
     assert torch.equal(generated[NAME], generated["eager"])
