@@ -162,7 +162,7 @@ NEW = "torch.backends.cuda.matmul.fp32_precision"
     [
         ("", "bf16x6"),
         ("torch.set_float32_matmul_precision('highest')", "bf16x6"),
-        ("torch.set_float32_matmul_precision('high')", "tf32x3"),
+        ("torch.set_float32_matmul_precision('high')", "bf16x3"),
         ("torch.set_float32_matmul_precision('medium')", "tf32"),
         (f"{NEW} = 'ieee'", "bf16x6"),
         (f"{NEW} = 'tf32'", "tf32"),

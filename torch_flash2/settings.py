@@ -80,8 +80,8 @@ def matmul_precision(device_type: str = "cuda") -> str:
 
     Returns:
         "ieee" off CUDA. On CUDA what Triton calls "bf16x6", whose products are as exact as fp32's: three 16-bit parts
-        of each number, six products of them. Less only where it was asked for: "tf32x3", of 22 bits, by
-        `torch.set_float32_matmul_precision("high")`; "tf32" by `torch.set_float32_matmul_precision("medium")` or by
+        of each number, six products of them. Less only where it was asked for: "bf16x3", two parts of 16 bits together,
+        by `torch.set_float32_matmul_precision("high")`, which PyTorch describes so; "tf32" by `torch.set_float32_matmul_precision("medium")` or by
         `torch.backends.cuda.matmul.fp32_precision = "tf32"`.
     """
     if device_type != "cuda":
@@ -90,7 +90,7 @@ def matmul_precision(device_type: str = "cuda") -> str:
     if torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "bf16x6"
     try:
-        return "tf32x3" if torch.get_float32_matmul_precision() == "high" else "tf32"
+        return "bf16x3" if torch.get_float32_matmul_precision() == "high" else "tf32"
     except RuntimeError:
         # It raises where the newer API alone was used.
         return "tf32"

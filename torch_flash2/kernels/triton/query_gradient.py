@@ -59,7 +59,7 @@ def _accumulate_carefully(
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
     # Of 16-bit products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200, 2026-11-21).
     BITS: tl.constexpr = keys.x.ptr.dtype.element_ty.primitive_bitwidth
-    TURNED: tl.constexpr = BITS == 16 or MODE.PRECISION == "bf16x6"
+    TURNED: tl.constexpr = BITS == 16 or MODE.PRECISION == "bf16x6" or MODE.PRECISION == "bf16x3"
     q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
     do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
