@@ -80,8 +80,9 @@ def matmul_precision(device_type: str = "cuda") -> str:
 
     Returns:
         "ieee" off CUDA. On CUDA what Triton calls "bf16x6", whose products are as exact as fp32's: three 16-bit parts
-        of each number, six products of them. Less only where it was asked for: "bf16x3", two parts of 16 bits together,
-        by `torch.set_float32_matmul_precision("high")`, which PyTorch describes so; "tf32" by `torch.set_float32_matmul_precision("medium")` or by
+        of each number, six products of them. Less only where it was asked for: "bf16x3", two parts, of 16 bits
+        together, by `torch.set_float32_matmul_precision("high")`, which PyTorch describes so; "tf32" by
+        `torch.set_float32_matmul_precision("medium")` or by
         `torch.backends.cuda.matmul.fp32_precision = "tf32"`.
     """
     if device_type != "cuda":
