@@ -5,7 +5,7 @@ standard library.
 
     gpt-1.3b    steps of 2 windows of 8k bytes in interleaved repeats: tokens a second, and the model's operations over
                 the rate of a matrix product of the same run (train.csv, train_ratios.csv)
-    gpt-85m     the same windows, 300 steps each from the same weights: the losses (loss.csv). "sdpa, nudged" starts
+    gpt-49m     the same windows, 300 steps each from the same weights: the losses (loss.csv). "sdpa, nudged" starts
                 with weights that differ by one rounding, and shows how far apart equal runs may drift
 
 B windows, H heads, M bytes of a window, D head dim.
@@ -34,7 +34,7 @@ from .timing import Ratio
 
 SIZES = {
     "gpt-1.3b": demo.Size(layers=26, width=2048, heads=16, context=8192, batch=2, steps=17, learning_rate=3e-4),
-    "gpt-85m": demo.Size(layers=12, width=768, heads=6, context=8192, batch=2, steps=300, learning_rate=6e-4),
+    "gpt-49m": demo.Size(layers=6, width=768, heads=6, context=8192, batch=2, steps=300, learning_rate=6e-4),
 }
 OURS, STOCK, NUDGED = "torch_flash2", "sdpa", "sdpa, nudged"
 # Of the large model: the first steps, which compile, count for the losses alone.
@@ -255,7 +255,7 @@ def _allocated(device: torch.device) -> int:
 
 def curves(options: Options) -> None:
     """The losses of the smaller model, whole runs from the same weights on the same windows."""
-    name = "gpt-85m"
+    name = "gpt-49m"
     device, size, names = of_options(options, name)
     trainees = started([*names, *([NUDGED] if STOCK in names else [])], size, device)
     text = demo.read_text(None, size.context + 1)

@@ -1,6 +1,6 @@
 """Training: steps of transformers' Gemma2, each attn_implementation beside the others, and a GPT: `--suite train`.
 
-gpt.py has the GPT; `--filter gemma2`, `--filter gpt-1.3b` and `--filter gpt-85m` choose one part. Gemma2's shapes are
+gpt.py has the GPT; `--filter gemma2`, `--filter gpt-1.3b` and `--filter gpt-49m` choose one part. Gemma2's shapes are
 those of Gemma2-2B (hidden 2304, 8 query heads on 4, head dim 256, softcap 50, window 4096), with fewer layers and a
 smaller vocabulary, so that eager's scores fit; weights are random. Loss and gradients are checked before they are
 timed. It appends to benchmarks/results/<gpu>/train.csv.
@@ -75,7 +75,7 @@ def time_of(step: Callable[[], None], device: torch.device) -> float:
 
 def run(options: Options) -> None:
     """Every part whose name the filter finds."""
-    for name, part in {"gemma2": gemma2, "gpt-1.3b": gpt.speed, "gpt-85m": gpt.curves}.items():
+    for name, part in {"gemma2": gemma2, "gpt-1.3b": gpt.speed, "gpt-49m": gpt.curves}.items():
         if re.search(options.pattern, name):
             part(options)
 

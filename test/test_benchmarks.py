@@ -420,7 +420,7 @@ def test_gpt_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     for line in losses.values():
         assert len(line) == 6 and line == pytest.approx(losses["sdpa"], abs=2e-3) and line[-1] < line[0] - 0.1
     texts, drawings = report.sections(tmp_path)
-    assert "| gpt-85m-b2-s32 | fa3 | 6 |" in texts["loss"] and "tokens/s | MFU" in texts["train"]
+    assert "| gpt-49m-b2-s32 | fa3 | 6 |" in texts["loss"] and "tokens/s | MFU" in texts["train"]
     assert "polyline" in drawings["loss.svg"]
 
 

@@ -79,6 +79,8 @@ def test_packed_ops(active: None, window: tuple[int, int]) -> None:
         torch.testing.assert_close(one, other[0].transpose(0, 1))
 
 
+# Of torch 2.11's own compiler, on Python 3.12.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_varlen_attn(device: str) -> None:
     """PyTorch's own function of packed documents, compiled too: causal ones, windows, and their gradients."""

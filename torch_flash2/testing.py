@@ -379,6 +379,9 @@ def check(
         what = f"{case.name}, {name}, seed {seed}"
         assert tensor.dtype == wanted[name], f"{what}: {tensor.dtype} instead of {wanted[name]}"
         slack = _slack(leaves[name], exact, name, grad_out, dtype) + noise[name] if name in leaves else 0.0
+        if name == "out":
+            # Scores are scaled to base 2: one rounding that math has not, and a probability has it as a relative error.
+            slack = torch.finfo(torch.float32).eps / 2 * _largest(exact.lse) * _largest(exact.out)
         ratios[name] = _compare(what, tensor, exact_all[name], plain_all[name], slack)
     return ratios
 
