@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import compat
-from .pipeline import TASKS, Task, free_task, get_task, put_task, query_task, tasks_of
+from .pipeline import TASKS, Task, free_task, get_task, put_task, query_task, ring_at, tasks_of
 
 
 @gluon.jit
@@ -45,23 +45,46 @@ def schedule(buffers, rule, swizzle, counter, SHAPE: gl.constexpr, STEPS: gl.con
 
 
 @gluon.jit
+def _load_values(inputs, buffers, index, batch, head, row, SHAPE: gl.constexpr):
+    """Load the index-th tile of values, which starts at row `row`, once its buffer is free."""
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    BYTES: gl.constexpr = SHAPE.BLOCK_N * SHAPE.WIDTH_V * CHUNKS_V * 2
+    stage, phase = ring_at(index, SHAPE.STAGES)
+    mbarrier.wait(buffers.v.free.index(stage), phase ^ 1)
+    mbarrier.expect(buffers.v.filled.index(stage), BYTES)
+    for c in gl.static_range(CHUNKS_V):
+        compat.load(
+            inputs.v,
+            [batch, head, row, c * SHAPE.WIDTH_V],
+            buffers.v.filled.index(stage),
+            buffers.v.data.index(stage * CHUNKS_V + c),
+        )
+
+
+@gluon.jit
 def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
-    """The producer warp: load the tiles of each task."""
+    """The producer warp: load the tiles of each task.
+
+    Values follow the keys of the tile after theirs, as they are used: a buffer of values is free a turn later than one
+    of keys.
+    """
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
-    STAGES: gl.constexpr = SHAPE.STAGES
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     BYTES_Q: gl.constexpr = 64 * GROUPS * SHAPE.WIDTH_D * CHUNKS_D * 2
     BYTES_K: gl.constexpr = BLOCK_N * SHAPE.WIDTH_D * CHUNKS_D * 2
-    BYTES_V: gl.constexpr = BLOCK_N * SHAPE.WIDTH_V * CHUNKS_V * 2
     loaded = 0
     done = 0
+    # The tile whose values are not loaded.
+    late = 0
+    batch = 0
+    group_head = 0
+    late_row = 0
     task = get_task(buffers.tasks, 0, 1)
     while task.count > 0:
         free_task(buffers.tasks, done)
-        slot = done % SHAPE.Q_STAGES
-        mbarrier.wait(buffers.q.free.index(slot), ((done // SHAPE.Q_STAGES) & 1) ^ 1)
+        slot, phase = ring_at(done, SHAPE.Q_STAGES)
+        mbarrier.wait(buffers.q.free.index(slot), phase ^ 1)
         mbarrier.expect(buffers.q.filled.index(slot), BYTES_Q)
         for w in gl.static_range(GROUPS):
             for c in gl.static_range(CHUNKS_D):
@@ -75,10 +98,9 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
         # Asking earlier would share out the work less evenly.
         asking = gl.maximum(task.count - 3, 0)
         for j in range(task.count):
-            stage = loaded % STAGES
-            phase = ((loaded // STAGES) & 1) ^ 1
             row = task.start_k + task.top - j * BLOCK_N
-            mbarrier.wait(buffers.k.free.index(stage), phase)
+            stage, phase = ring_at(loaded, SHAPE.STAGES)
+            mbarrier.wait(buffers.k.free.index(stage), phase ^ 1)
             mbarrier.expect(buffers.k.filled.index(stage), BYTES_K)
             for c in gl.static_range(CHUNKS_D):
                 compat.load(
@@ -87,17 +109,20 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
                     buffers.k.filled.index(stage),
                     buffers.k.data.index(stage * CHUNKS_D + c),
                 )
-            mbarrier.wait(buffers.v.free.index(stage), phase)
-            mbarrier.expect(buffers.v.filled.index(stage), BYTES_V)
-            for c in gl.static_range(CHUNKS_V):
-                compat.load(
-                    inputs.v,
-                    [task.batch_k, head, row, c * SHAPE.WIDTH_V],
-                    buffers.v.filled.index(stage),
-                    buffers.v.data.index(stage * CHUNKS_V + c),
-                )
+            if late > 0:
+                _load_values(inputs, buffers, loaded - 1, batch, group_head, late_row, SHAPE)
+            late = 1
+            batch = task.batch_k
+            group_head = head
+            late_row = row
             loaded += 1
             if j == asking:
                 mbarrier.arrive(buffers.ask.index(done % TASKS))
+        if SHAPE.Q_STAGES == 1:
+            # The next queries wait for the end of this task.
+            _load_values(inputs, buffers, loaded - 1, batch, group_head, late_row, SHAPE)
+            late = 0
         done += 1
         task = get_task(buffers.tasks, done, 1)
+    if late > 0:
+        _load_values(inputs, buffers, loaded - 1, batch, group_head, late_row, SHAPE)

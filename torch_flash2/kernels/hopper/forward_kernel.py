@@ -3,8 +3,8 @@
 B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 A persistent program has a scheduler warp, which claims tiles of query rows, a producer warp, which loads queries, keys
 and values by TMA, and two or three warpgroups of 64 query rows each. A warpgroup issues Q K^T of the next tile of keys
-before the softmax of this one, keeps P in registers, and moves its maximum only when it grew by more than 2**8 (as
-FlashAttention-4 does).
+before the softmax of this one, and keeps P in registers. From a row's scores it subtracts a base: the maximum of the
+row's first tile, until weights over it become large (weights.py).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from .pipeline import (
     operand,
     pass_turn,
     query_task,
+    read_task,
+    ring_at,
     ring_barriers,
     take_turn,
     task_ring,
@@ -47,50 +49,71 @@ from .pipeline import (
 )
 
 FLAGS = gl.constexpr(COUNTERS)
+# The base of a row that has seen no key: below all scores, so that the first one makes it move.
+LOWEST = gl.constexpr(-(2.0**126))
 
 
-class Scored(NamedTuple):
-    """What the scores of one task need: the factor from scores to log2 units, and the steps' operands."""
+class State(NamedTuple):
+    """A warpgroup's rows between two turns: P of the tile of keys whose P V comes next, accumulators; the rows' bases
+    (log2 units), sums, and what the accumulators are to be multiplied by, each [64, 4]."""
 
-    scale2: Any
-    steps: Any
+    p: Any
+    acc: Any
+    base: Any
+    sums: Any
+    decay: Any
 
 
 @gluon.jit
-def _scored(task, rule, STEPS: gl.constexpr):
-    """What the scores of a task need."""
+def _steps(task, rule, STEPS: gl.constexpr):
+    """What the score steps of a task need."""
     segment = gl.minimum(task.b, rule.sizes.B - 1)
-    steps = scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
-    return Scored(rule.scoring.scale2, steps)
+    return scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
 
 
 @gluon.jit
-def _rescale(x, factor, LAYOUT: gl.constexpr, WIDTH: gl.constexpr):
-    """x [64, WIDTH] times the rows' factors, skipped by threads whose factors are 1."""
-    a = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT))[:, None]
-    if WIDTH == 128:
-        result = gl.map_elementwise(lanes.rescale64, x, a, pack=64)
-    elif WIDTH == 64:
-        result = gl.map_elementwise(lanes.rescale32, x, a, pack=32)
-    else:
-        result = gl.map_elementwise(lanes.rescale16, x, a, pack=16)
-    return result[0]
+def _spread(x, tile):
+    """What threads hold for their rows [64, 4], as a tile like `tile`; this moves no data between threads."""
+    M: gl.constexpr = tile.shape[0]
+    N: gl.constexpr = tile.shape[1]
+    L: gl.constexpr = tile.type.layout
+    split = gl.reshape(tile, [M, N // 8, 4, 2])
+    ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, split.type.layout))
+    x = gl.convert_layout(x, ROWS, assert_trivial=True)
+    wide, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(x, 1), 3), split)
+    return gl.convert_layout(gl.reshape(wide, [M, N]), L, assert_trivial=True)
 
 
 @gluon.jit
-def _partial_sums(p):
-    """Row sums [64, 4, 2] of p, what each thread holds of them: lanes meet once, at the end."""
-    M: gl.constexpr = p.shape[0]
-    N: gl.constexpr = p.shape[1]
-    return gl.sum(gl.reshape(p, [M, N // 8, 4, 2]), 1)
+def _most(s):
+    """The largest score of each row that a thread holds [64, 4]."""
+    M: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
+    return gl.max(gl.max(gl.reshape(s, [M, N // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def _times_rows(sums, factor):
-    """Partial sums [64, 4, 2] times the rows' factors."""
-    L: gl.constexpr = sums.type.layout
-    rows = gl.convert_layout(factor, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-    return sums * gl.expand_dims(gl.expand_dims(rows, 1), 2)
+def _row_maxima(s, scale2):
+    """The rows' maxima [64, 4] in log2 units."""
+    most = _most(s)
+    row_max, _ = gl.broadcast(gl.expand_dims(gl.maximum(gl.max(most, 1) * scale2, LOWEST), 1), most)
+    return row_max
+
+
+@gluon.jit
+def _softmax(s, base, sums, scale2):
+    """P of a tile of scores; the rows' bases (log2 units), their sums, and the factors of what came before, each
+    [64, 4].
+
+    A row's base stays while its weights are small enough: most tiles need no maximum.
+    """
+    N: gl.constexpr = s.shape[1]
+    L: gl.constexpr = s.type.layout
+    factor = gl.full([64, N], 0.0, gl.float32, L) + scale2
+    p, tile_sums, bases = lanes.softmax(s, _spread(base, s), factor)
+    new_base = _most(bases)
+    decay = gl.exp2(base - new_base)
+    return p, new_base, sums * decay + _most(tile_sums), decay
 
 
 @gluon.jit
@@ -112,8 +135,8 @@ def _query_key(buffers, q_slot, stage, WG: gl.constexpr, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _weight_value(p, buffers, stage, acc, SHAPE: gl.constexpr):
-    """Issue O += P V; CHUNKS_V products in flight."""
+def _weight_value(p, buffers, stage, acc, use_acc, SHAPE: gl.constexpr):
+    """Issue O += P V, or O = P V; CHUNKS_V products in flight."""
     DTYPE: gl.constexpr = buffers.v.data.dtype
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
@@ -121,27 +144,59 @@ def _weight_value(p, buffers, stage, acc, SHAPE: gl.constexpr):
     result = ()
     for c in gl.static_range(CHUNKS_V):
         v = buffers.v.data.index(stage * CHUNKS_V + c)._reinterpret(DTYPE, [BLOCK_N, WIDTH_V], matrix(WIDTH_V, 2))
-        result = result + (warpgroup_mma(p, v, acc[c], is_async=True),)
+        result = result + (warpgroup_mma(p, v, acc[c], use_acc=use_acc, is_async=True),)
     return result
 
 
 @gluon.jit
-def _extent(task):
-    """Which tiles of keys a task visits, and which of them need no mask: count, top, full_start, full_stop."""
-    return task.count, task.top, task.full_start, task.full_stop
+def _columns(N: gl.constexpr, L: gl.constexpr):
+    """The columns of a tile [rows, N] seen as [rows, N / 8, 8]: multiples of 8, constants to a thread, and the rest."""
+    eights = gl.arange(0, N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, L))) * 8
+    ones = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    return eights[None, :, None], ones[None, None, :]
 
 
 @gluon.jit
-def _scores_of(s, n0, done, scored, rule, buffers, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """Scores [64, BLOCK_N] of the tile of keys at n0 from its products, the steps applied."""
-    if len(STEPS.VALUE) > 0:
-        L: gl.constexpr = s.type.layout
-        task, m, n, shift = _positions(n0, done, buffers, L, WG, SHAPE)
-        inside = (m < task.used_q)[:, None] & (n < task.used_k)[None, :]
-        distance = (m + shift)[:, None] - n[None, :]
-        s = s * rule.scoring.first
-        s = scores.apply(s, scored.steps, m[:, None], n[None, :], distance, inside, STEPS)
-    return s
+def _shift(task, SHAPE: gl.constexpr):
+    """Where a segment's row 0 stands among its keys."""
+    return task.used_k - task.used_q if SHAPE.BOTTOM_RIGHT else task.used_k * 0
+
+
+@gluon.jit
+def _scores_of(s, n0, place, steps, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """Scores [64, BLOCK_N] of the tile of keys at n0 from its products, the steps applied; `place` is where the task's
+    row 0 stands.
+
+    Under a causal mask distances are those from the last row of the task, for all rows: what that takes from all scores
+    of a row is `_lead`.
+    """
+    M: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
+    if len(STEPS.VALUE) == 0:
+        return s
+    else:
+        split = gl.reshape(s, [M, N // 8, 8])
+        L: gl.constexpr = split.type.layout
+        eights, ones = _columns(N, L)
+        m = WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
+        if SHAPE.PAST:
+            distance = (place + (64 * SHAPE.GROUPS - 1) - n0 - ones).to(gl.float32) - eights.to(gl.float32)
+        else:
+            distance = (place - n0 + m).to(gl.float32)[:, None, None] - ones.to(gl.float32) - eights.to(gl.float32)
+        split = split * rule.scoring.first
+        # Only biases, which this kernel has not, need positions in tensors.
+        split = scores.apply(split, steps, None, None, distance, None, STEPS)
+        return gl.convert_layout(gl.reshape(split, [M, N]), s.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _lead(task, at, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """By how much (log2 units) the scores of rows `at` are larger than `_scores_of` has them."""
+    lead = gl.full(at.shape, 0.0, gl.float32, at.type.layout)
+    if SHAPE.PAST and len(STEPS.VALUE) > 0:
+        distance = (task.row + (64 * SHAPE.GROUPS - 1) - at).to(gl.float32)
+        lead = -rule.scoring.scale2 * scores.apply(lead, _steps(task, rule, STEPS), None, None, distance, None, STEPS)
+    return lead
 
 
 @gluon.jit
@@ -152,54 +207,33 @@ def _masked(s, n0, done, rule, buffers, WG: gl.constexpr, SHAPE: gl.constexpr, S
     from those tiles.
     """
     KEYS: gl.constexpr = STEPS.KEYS
-    L: gl.constexpr = s.type.layout
-    task, m, n, shift = _positions(0, done, buffers, L, WG, SHAPE)
+    M: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
+    split = gl.reshape(s, [M, N // 8, 8])
+    L: gl.constexpr = split.type.layout
+    eights, ones = _columns(N, L)
+    task = read_task(buffers.tasks, done, 4)
+    m = task.row + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    shift = _shift(task, SHAPE)
     lo, hi = bands.intersect(
         gl.minimum(m, task.used_q - 1), task.used_k, task.used_q, task.used_k, shift, rule.rules.numbers, KEYS
     )
-    visible = n[None, :] < (hi - n0)[:, None]
+    visible = eights < (hi - n0)[:, None, None] - ones
     if SHAPE.LEFT:
-        visible = visible & (n[None, :] >= (lo - n0)[:, None])
-    return gl.where(visible, s, -float("inf"))
+        visible = visible & (eights >= (lo - n0)[:, None, None] - ones)
+    split = gl.where(visible, split, -float("inf"))
+    return gl.convert_layout(gl.reshape(split, [M, N]), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def _positions(n0, done, buffers, L: gl.constexpr, WG: gl.constexpr, SHAPE: gl.constexpr):
-    """The task; a warpgroup's rows [64] and keys n0 .. n0 + BLOCK_N in a tile of layout L; where row 0 stands."""
-    BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
-    task = get_task(buffers.tasks, done, 4)
-    m = task.row + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
-    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, L))
-    shift = task.used_k - task.used_q if SHAPE.BOTTOM_RIGHT else task.used_k * 0
-    return task, m, n, shift
-
-
-@gluon.jit
-def _finite_base(row_max):
-    """What is subtracted from a row: its maximum, 0 where it has seen no key yet."""
-    return gl.where(row_max == -float("inf"), 0.0, row_max)
-
-
-@gluon.jit
-def _first_softmax(s, scored):
-    """P, row maximum (log2 units) and partial sums of a task's first tile."""
-    row_max = gl.max(s, 1) * scored.scale2
-    p = gl.exp2(s * scored.scale2 - _finite_base(row_max)[:, None])
-    return p, row_max, _partial_sums(p)
-
-
-@gluon.jit
-def _finish(
-    acc, row_max, sums, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr
-):  # fmt: skip
-    """Store out [64, Dv] and lse [64] of a task's rows."""
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    WIDTH: gl.constexpr = SHAPE.WIDTH_V
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+def _totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """Store lse [64] of a task's rows; the factors [64] from their accumulators to the output, 0 for rows that see no
+    key."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     at = task.row + WG * 64 + gl.arange(0, 64, layout=ROWS)
-    row_sum = gl.convert_layout(gl.sum(gl.sum(sums, 2), 1), ROWS)
-    row_max = gl.convert_layout(row_max, ROWS)
+    row_sum = gl.convert_layout(gl.sum(sums, 1), ROWS)
+    row_max = gl.convert_layout(gl.max(base, 1), ROWS) + _lead(task, at, rule, SHAPE, STEPS)
     # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
     none = (row_sum == 0.0) | (at >= task.used_q)
     decay = gl.full([64], 1.0, gl.float32, ROWS)
@@ -213,18 +247,25 @@ def _finish(
     lse = gl.where(none, -float("inf"), (row_max + gl.log2(total)) * scores.LN2)
     lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
     gl.store(rule.lse + lse_at + at, lse, mask=at < task.stored)
-    weight = gl.where(none, 0.0, decay * rule.scoring.inverse_keep / total)
+    return gl.where(none, 0.0, decay * rule.scoring.inverse_keep / total)
 
+
+@gluon.jit
+def _finish(acc, weight, index, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Store out [64, Dv] of the rows of the index-th task."""
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    task = read_task(buffers.tasks, index, 4)
     if rule.flags is not None:
         # NaN here may come from a value that no row of the tile sees: `_repair` looks again.
         per_head, heads = tasks_of(rule.spans, rule.sizes, 64 * SHAPE.GROUPS)
         for c in gl.static_range(CHUNKS_V):
             note_nan(acc[c], rule.flags, WG * per_head * heads + task.index)
-    _store(acc, weight, none, task, rule, inputs, buffers, WG, SHAPE)
+    _store(acc, weight, task, rule, inputs, buffers, WG, SHAPE)
+    free_task(buffers.tasks, index)
 
 
 @gluon.jit
-def _store(acc, weight, none, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr):
+def _store(acc, weight, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Store out [64, Dv] of a task's rows: accumulators times the rows' weights, 0 in rows that see nothing."""
     WIDTH: gl.constexpr = SHAPE.WIDTH_V
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -234,7 +275,7 @@ def _store(acc, weight, none, task, rule, inputs, buffers, WG: gl.constexpr, SHA
         tile = acc[c] * weight[:, None]
         if rule.spans.used_q is not None:
             # Rows of padding may hold anything, and 0 times an infinity is NaN.
-            tile = gl.where(none[:, None], 0.0, tile)
+            tile = gl.where((weight == 0.0)[:, None], 0.0, tile)
         tile = tile.to(OUT)
         if rule.spans.cu_q is None:
             _store_by_tma(tile, row, c, task, inputs, buffers, WG)
@@ -275,127 +316,171 @@ def _store_by_pointer(tile, row, column, limit, rows):
 @gluon.jit
 def _scale_all(acc, factor, SHAPE: gl.constexpr):
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
     scaled = ()
     for c in gl.static_range(CHUNKS_V):
-        scaled = scaled + (_rescale(acc[c], factor, ACC, SHAPE.WIDTH_V),)
+        scaled = scaled + (lanes.rescale(acc[c], _spread(factor, acc[c]))[0],)
     return scaled
+
+
+@gluon.jit
+def _plain_turns(
+    count, state, n0, left, used, slot, place, steps, rule, buffers,
+    WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr,
+):  # fmt: skip
+    """`count` turns of `_consume` on tiles without a mask, neither the first nor the second of their task. Shorter than
+    turns that may be anything; but short tasks run faster where all code fits the instruction cache."""
+    STAGES: gl.constexpr = SHAPE.STAGES
+    NEXT: gl.constexpr = (WG + 1) % SHAPE.GROUPS
+    DTYPE: gl.constexpr = buffers.v.data.dtype
+    scale2 = rule.scoring.scale2
+    p, acc, base, sums, decay = state
+    for _ in range(count):
+        stage, _ = ring_at(used, STAGES)
+        stage_v, phase_v = ring_at(used - 1, STAGES)
+        if SHAPE.TURNS:
+            take_turn(WG)
+        s = _query_key(buffers, slot, stage, WG, SHAPE)
+        p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
+        acc = _scale_all(acc, decay, SHAPE)
+        mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
+        acc = _weight_value(p16, buffers, stage_v, acc, True, SHAPE)
+        if SHAPE.TURNS:
+            pass_turn(NEXT)
+        s = warpgroup_mma_wait(SHAPE.CHUNKS_V, (s,))
+        mbarrier.arrive(buffers.k.free.index(stage))
+        left -= 1
+        if left == 0:
+            mbarrier.arrive(buffers.q.free.index(slot))
+        used += 1
+        n0 -= SHAPE.BLOCK_N
+        s = _scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+        p, base, sums, decay = _softmax(s, base, sums, scale2)
+        # As in `_consume`: this wait ends the basic block.
+        stage, phase = ring_at(used, STAGES)
+        mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
+        acc = landed(acc, 0)
+        mbarrier.arrive(buffers.v.free.index(stage_v))
+        p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
+    return State(p, acc, base, sums, decay), n0, left, used
 
 
 @gluon.jit
 def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """A warpgroup: 64 query rows of each task.
 
-    The last P V of a task overlaps the first Q K^T of the next one, so that the loop below never drains.
+    Each turn issues Q K^T of a tile of keys and P V of the tile before it, also where one is the first of a task and
+    the other the last of the task before. A task's rows are stored in the turn that issues its successor's first P V,
+    while Q K^T of that turn runs.
     """
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     STAGES: gl.constexpr = SHAPE.STAGES
     Q_STAGES: gl.constexpr = SHAPE.Q_STAGES
     NEXT: gl.constexpr = (WG + 1) % GROUPS
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
     DTYPE: gl.constexpr = inputs.v.dtype
-    ROWS: gl.constexpr = gl.SliceLayout(1, S)
     if SHAPE.TURNS:
         if WG == GROUPS - 1:
             pass_turn(0)
-    done = 0
-    used = 0  # tiles of keys whose Q K^T is issued
     task = get_task(buffers.tasks, 0, 4)
-    scored = _scored(task, rule, STEPS)
+    scale2 = rule.scoring.scale2
+    steps = _steps(task, rule, STEPS)
     some = task.count > 0
     mbarrier.wait(buffers.q.filled.index(0), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
     s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, WG, SHAPE),))
     mbarrier.arrive(buffers.k.free.index(0), pred=some)
-    count, top, full_start, full_stop = _extent(task)
-    s = _scores_of(s, top, 0, scored, rule, buffers, WG, SHAPE, STEPS)
-    if (top < full_start) | (top >= full_stop):
-        s = _masked(s, top, 0, rule, buffers, WG, SHAPE, STEPS)
-    p, row_max, sums = _first_softmax(s, scored)
+    n0 = task.top
+    place = task.row + _shift(task, SHAPE)
+    full_start = task.full_start
+    full_stop = task.full_stop
+    s = _scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+    if (n0 < full_start) | (n0 >= full_stop):
+        s = _masked(s, n0, 0, rule, buffers, WG, SHAPE, STEPS)
+    base = _row_maxima(s, scale2)
+    L: gl.constexpr = base.type.layout
+    sums = gl.full([64, 4], 0.0, gl.float32, L)
+    p, base, sums, decay = _softmax(s, base, sums, scale2)
     p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
     acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
-    decay = gl.full([64], 1.0, gl.float32, ROWS)
-    used += 1
-    mbarrier.wait(buffers.k.filled.index(1 % STAGES), (1 // STAGES) & 1, pred=task.count > 1)
-    while count > 0:
-        slot = done % Q_STAGES
-        for j in range(1, count):
-            stage = used % STAGES
-            stage_v = (used - 1) % STAGES
-            phase_v = ((used - 1) // STAGES) & 1
-            if SHAPE.TURNS:
-                take_turn(WG)
-            s = _query_key(buffers, slot, stage, WG, SHAPE)
-            acc = _scale_all(acc, decay, SHAPE)
-            p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
-            mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
-            acc = _weight_value(p16, buffers, stage_v, acc, SHAPE)
-            if SHAPE.TURNS:
-                pass_turn(NEXT)
-            s = warpgroup_mma_wait(SHAPE.CHUNKS_V, (s,))
-            mbarrier.arrive(buffers.k.free.index(stage))
-            used += 1
-            n0 = top - j * BLOCK_N
-            s = _scores_of(s, n0, done, scored, rule, buffers, WG, SHAPE, STEPS)
-            # Without bands only a task's first tile may need a mask, at the end of its keys.
-            if len(STEPS.KEYS) > 0:
-                if (n0 < full_start) | (n0 >= full_stop):
-                    s = _masked(s, n0, done, rule, buffers, WG, SHAPE, STEPS)
-            new_max = gl.maximum(row_max, gl.max(s, 1) * scored.scale2)
-            new_max = gl.where(new_max - row_max > 8.0, new_max, row_max)
-            base = _finite_base(new_max)
-            decay = gl.exp2(row_max - base)
-            p = gl.exp2(s * scored.scale2 - base[:, None])
-            sums = _times_rows(sums, decay) + _partial_sums(p)
-            row_max = new_max
-            # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
-            mbarrier.wait(buffers.k.filled.index(used % STAGES), (used // STAGES) & 1, pred=j + 1 < count)
-            acc = landed(acc, 0)
-            mbarrier.arrive(buffers.v.free.index(stage_v))
-            p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
-
-        # Between tasks: the last P V of this one beside the first Q K^T of the next one.
-        acc = _scale_all(acc, decay, SHAPE)
-        mbarrier.arrive(buffers.q.free.index(slot))
-        following = get_task(buffers.tasks, done + 1, 4)
-        scored = _scored(following, rule, STEPS)
-        some = following.count > 0
-        slot = (done + 1) % Q_STAGES
-        mbarrier.wait(buffers.q.filled.index(slot), ((done + 1) // Q_STAGES) & 1, pred=some)
-        stage = used % STAGES
-        stage_v = (used - 1) % STAGES
-        phase_v = ((used - 1) // STAGES) & 1
-        mbarrier.wait(buffers.k.filled.index(stage), (used // STAGES) & 1, pred=some)
+    weight = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, ACC))
+    going = task.count  # 0 after the last task
+    left = task.count - 1  # tiles of the task whose Q K^T is not issued
+    if left == 0:
+        mbarrier.arrive(buffers.q.free.index(0))
+    fresh = task.count > 0  # whether P is of a task's first tile
+    begun = left * 0 + 1  # tasks whose first Q K^T is issued
+    used = left * 0 + 1  # tiles of keys whose Q K^T is issued
+    mbarrier.wait(buffers.k.filled.index(1 % STAGES), (1 // STAGES) & 1, pred=left > 0)
+    while going > 0:
+        stage, phase = ring_at(used, STAGES)
+        stage_v, phase_v = ring_at(used - 1, STAGES)
+        begins = left == 0
+        if begins:
+            following = get_task(buffers.tasks, begun, 4)
+            steps = _steps(following, rule, STEPS)
+            going = following.count
+            left = following.count
+            n0 = following.top + BLOCK_N
+            place = following.row + _shift(following, SHAPE)
+            full_start = following.full_start
+            full_stop = following.full_stop
+            slot, phase_q = ring_at(begun, Q_STAGES)
+            mbarrier.wait(buffers.q.filled.index(slot), phase_q, pred=going > 0)
+            mbarrier.wait(buffers.k.filled.index(stage), phase, pred=going > 0)
+        left -= 1
+        n0 -= BLOCK_N
+        current = begun - 1 + begins.to(gl.int32)
+        slot, _ = ring_at(current, Q_STAGES)
         if SHAPE.TURNS:
             take_turn(WG)
         s = _query_key(buffers, slot, stage, WG, SHAPE)
         p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
+        if fresh & (begun >= 2):
+            _finish(acc, weight, begun - 2, rule, inputs, buffers, WG, SHAPE)
+        else:
+            acc = _scale_all(acc, decay, SHAPE)
         mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
-        acc = _weight_value(p16, buffers, stage_v, acc, SHAPE)
+        acc = _weight_value(p16, buffers, stage_v, acc, fresh == 0, SHAPE)
         if SHAPE.TURNS:
             pass_turn(NEXT)
+        if begins:
+            # Read here: fields that only this needs would take registers from the loop.
+            task = read_task(buffers.tasks, begun - 1, 4)
+            weight = _totals(base, sums, task, rule, WG, SHAPE, STEPS)
+            sums = gl.full([64, 4], 0.0, gl.float32, L)
         s = warpgroup_mma_wait(SHAPE.CHUNKS_V, (s,))
-        mbarrier.arrive(buffers.k.free.index(stage), pred=some)
-        old_max = row_max
-        old_sums = sums
-        count, top, full_start, full_stop = _extent(following)
-        s = _scores_of(s, top, done + 1, scored, rule, buffers, WG, SHAPE, STEPS)
-        if (top < full_start) | (top >= full_stop):
-            s = _masked(s, top, done + 1, rule, buffers, WG, SHAPE, STEPS)
-        p, row_max, sums = _first_softmax(s, scored)
+        s = _scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+        masks = (n0 < full_start) | (n0 >= full_stop)
+        if begins | masks:
+            if masks:
+                s = _masked(s, n0, current, rule, buffers, WG, SHAPE, STEPS)
+            if begins:
+                base = _row_maxima(s, scale2)
+        mbarrier.arrive(buffers.k.free.index(stage), pred=going > 0)
+        if left == 0:
+            mbarrier.arrive(buffers.q.free.index(slot))
         used += 1
-        mbarrier.wait(buffers.k.filled.index(used % STAGES), (used // STAGES) & 1, pred=following.count > 1)
+        p, base, sums, decay = _softmax(s, base, sums, scale2)
+        # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
+        stage, phase = ring_at(used, STAGES)
+        mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
         acc = landed(acc, 0)
         mbarrier.arrive(buffers.v.free.index(stage_v))
         p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
-        # Read once more: the fields that only this needs would take registers from the loops.
-        task = get_task(buffers.tasks, done, 4)
-        _finish(acc, old_max, old_sums, task, rule, inputs, buffers, WG, SHAPE)
-        free_task(buffers.tasks, done)
-        acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
-        decay = gl.full([64], 1.0, gl.float32, ROWS)
-        done += 1
+        fresh = begins
+        begun = current + 1
+        if SHAPE.APART:
+            # Tiles up to the next that needs a mask.
+            apart = gl.minimum((n0 - full_start) // BLOCK_N, left)
+            apart = gl.where(begins | (n0 - BLOCK_N >= full_stop), 0, apart)
+            state = State(p, acc, base, sums, decay)
+            state, n0, left, used = _plain_turns(
+                apart, state, n0, left, used, slot, place, steps, rule, buffers, WG, SHAPE, STEPS
+            )
+            p, acc, base, sums, decay = state
+    if begun > 1:
+        _finish(acc, weight, begun - 2, rule, inputs, buffers, WG, SHAPE)
     if SHAPE.TURNS:
         if WG == 0:
             take_turn(0)
@@ -480,7 +565,7 @@ def _repair(inputs, rule, swizzle, SHAPE: gl.constexpr, STEPS: gl.constexpr):
                     place % total, swizzle, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N,
                     SHAPE.BOTTOM_RIGHT, STEPS, 4,
                 )  # fmt: skip
-                steps = _scored(task, rule, STEPS).steps
+                steps = _steps(task, rule, STEPS)
                 first = task.row + place // total * 64
                 attend_carefully(first, task, steps, rule, inputs.plain, SHAPE.BOTTOM_RIGHT, SHAPE.BLOCK_N, STEPS)
                 gl.store(places + place, 0)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..device import bands, scores, tiles
 from ..triton import splitting
 from . import compat
-from .forward_kernel import _finite_base, _partial_sums, _scale_all, _times_rows
+from .lanes import rescale
 from .pipeline import landed, matrix, operand, zeros
 
 # Query rows and keys of a tile; columns of a chunk; chunks of the value, and how many of them a warpgroup has.
@@ -111,6 +111,40 @@ def _first(part):
 def _chunks(part, chunks):
     """How many chunks a part has."""
     return chunks - VALUE.value if part == 0 else HALF.value
+
+
+@gluon.jit
+def _finite_base(row_max):
+    """What is subtracted from a row: its maximum, 0 where it has seen no key yet."""
+    return gl.where(row_max == -float("inf"), 0.0, row_max)
+
+
+@gluon.jit
+def _partial_sums(p):
+    """Row sums [64, 4, 2] of p, what each thread holds of them: lanes meet once, at the end."""
+    M: gl.constexpr = p.shape[0]
+    N: gl.constexpr = p.shape[1]
+    return gl.sum(gl.reshape(p, [M, N // 8, 4, 2]), 1)
+
+
+@gluon.jit
+def _times_rows(sums, factor):
+    """Partial sums [64, 4, 2] times the rows' factors."""
+    L: gl.constexpr = sums.type.layout
+    rows = gl.convert_layout(factor, gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    return sums * gl.expand_dims(gl.expand_dims(rows, 1), 2)
+
+
+@gluon.jit
+def _scale_all(acc, factor, SHAPE: gl.constexpr):
+    """Accumulators times the rows' factors [64]."""
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
+    rows = gl.convert_layout(factor, gl.SliceLayout(1, ACC))[:, None]
+    scaled = ()
+    for c in gl.static_range(CHUNKS_V):
+        scaled = scaled + (rescale(acc[c], rows)[0],)
+    return scaled
 
 
 @gluon.jit

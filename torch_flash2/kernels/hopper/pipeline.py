@@ -23,7 +23,8 @@ FIELDS = gl.constexpr(15)
 class Shape(NamedTuple):
     """Compile-time numbers: consumer warpgroups of 64 rows, keys of a tile, buffers of keys and of values, buffers of
     queries; the columns of a tile and how many tiles side by side make D and Dv; whether the bands bound keys on the
-    left, alignment; whether warpgroups take turns, and whether P waits in fp32 until the next product is issued."""
+    left, and whether they show no key after a row's own position; alignment; whether warpgroups take turns, whether P
+    waits in fp32 until the next product is issued, and whether tiles without a mask have a loop of their own."""
 
     GROUPS: int
     BLOCK_N: int
@@ -34,9 +35,11 @@ class Shape(NamedTuple):
     WIDTH_V: int
     CHUNKS_V: int
     LEFT: bool
+    PAST: bool
     BOTTOM_RIGHT: bool
     TURNS: bool
     LATE: bool
+    APART: bool
 
 
 class Inputs(NamedTuple):
@@ -137,6 +140,13 @@ def task_ring(READERS: gl.constexpr):
 
 
 @gluon.jit
+def ring_at(index, COUNT: gl.constexpr):
+    """Which of COUNT buffers the index-th use of a ring takes (index >= 0), and the phase of its "filled" barrier."""
+    turn = gl.to_tensor(index).to(gl.uint32, bitcast=True)
+    return (turn % COUNT).to(gl.int32, bitcast=True), ((turn // COUNT) & 1).to(gl.int32, bitcast=True)
+
+
+@gluon.jit
 def put_task(ring, index, task):
     """Hand on the index-th task (one warp), once its place in the ring is free."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -150,8 +160,15 @@ def put_task(ring, index, task):
 @gluon.jit
 def get_task(ring, index, WARPS: gl.constexpr):
     """The index-th task; `free_task` gives its place back."""
-    slot = index % TASKS
-    mbarrier.wait(ring.filled.index(slot), (index // TASKS) & 1)
+    slot, phase = ring_at(index, TASKS)
+    mbarrier.wait(ring.filled.index(slot), phase)
+    return read_task(ring, index, WARPS)
+
+
+@gluon.jit
+def read_task(ring, index, WARPS: gl.constexpr):
+    """The index-th task once more, before `free_task`."""
+    slot, _ = ring_at(index, TASKS)
     base = slot * 16
     return Task(
         _field(ring, base, WARPS),
