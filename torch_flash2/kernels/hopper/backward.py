@@ -83,10 +83,11 @@ def config(problem: Problem) -> BackwardConfig:
         if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
     fused = None if row["fused"] is None else Config(**row["fused"])
-    if fused is not None and problem.steps:
-        # Score steps take the registers.
-        fused = fused._replace(KEPT=False)
     atomics = fused is not None and not problem.deterministic
+    if fused is not None and problem.steps:
+        # Score steps take registers: those of operands kept there, and where there are none, accumulators would spill.
+        atomics = atomics and fused.KEPT
+        fused = fused._replace(KEPT=False)
     return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused, atomics)
 
 

@@ -310,7 +310,7 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
     dk = zeros(WIDTH_D, CHUNKS_D)
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
-    now = _steps_of(h, task, rule, STEPS)
+    steps = _steps_of(h, task, rule, STEPS)
     i = task.count * 0
     some = task.count > 0
     total = task.count * rule.sizes.group
@@ -319,7 +319,7 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
     kept = (None, None)
     if SHAPE.KEPT:
         kept = (left_operand(k, WG, BLOCK_M, WIDTH_D), left_operand(v, WG, BLOCK_M, WIDTH_V))
-    s = i
+    s = task.start * 0
     if SHAPE.AHEAD:
         mbarrier.wait(q.filled.index(0), 0, pred=some)
         if rule.spans.cu_q is not None or rule.spans.used_q is not None:
@@ -332,6 +332,7 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
         full_stop = gl.where(task.n0 + 64 * SHAPE.GROUPS > task.used_k, 0, full_stop)
     for j in range(total):
         m0 = task.start + i * BLOCK_M
+        now = steps
         if SHAPE.GROUPED:
             now = _steps_of(h, task, rule, STEPS)
         # Two bodies, so that a tile without a mask is worked on without a branch.
