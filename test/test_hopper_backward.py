@@ -111,6 +111,17 @@ def test_atomics_run_where_deterministic_algorithms_are_off(head_dim: int, fused
         dispatch.select(same_bits, atomics)
 
 
+@pytest.mark.parametrize(("head_dim", "softcap", "fused"), [(64, None, True), (64, 30.0, True), (128, None, False)])
+def test_few_keys_do_not_pay_for_sums(head_dim: int, softcap: float | None, fused: bool) -> None:
+    case = Case("x", 16, 2, 2, 1024, 1024, head_dim, head_dim, "bf16", "causal", softcap=softcap)
+    posed, _ = compile_all.posed(case, "backward", "sm90")
+    assert dispatch.select(posed, "hopper").config.atomics == fused
+    long = dataclasses.replace(posed, seqlen_q=4096, seqlen_k=4096)
+    assert dispatch.select(long, "hopper").config.atomics
+    scored = dataclasses.replace(long, steps=("softcap",))
+    assert dispatch.select(scored, "hopper").config.atomics == (head_dim == 64)
+
+
 @pytest.fixture(params=[False, True], ids=["pair", "atomics"])
 def force(request: pytest.FixtureRequest) -> Any:
     """The Hopper kernels, with or without atomics."""

@@ -76,14 +76,16 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 
 def config(problem: Problem) -> BackwardConfig:
-    """The row of backward_configs.json for the next head dims."""
+    """The row of backward_configs.json for the next head dims, with atomics where they are allowed and pay."""
     row = next(
         row
         for row in calls.table("backward_configs.json")
         if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
     fused = None if row["fused"] is None else Config(**row["fused"])
-    atomics = fused is not None and not problem.deterministic
+    # Sums cost by the row, a second kernel by the key that a row sees, of which a mask leaves about half.
+    keys = problem.seqlen_k // 2 if problem.mask.bands else problem.seqlen_k
+    atomics = fused is not None and not problem.deterministic and keys >= row["fused_keys"]
     if fused is not None and problem.steps:
         # Score steps take registers: those of operands kept there, and where there are none, accumulators would spill.
         atomics = atomics and fused.KEPT
@@ -100,14 +102,15 @@ def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     """Configurations worth measuring."""
     base = config(problem)
-    for stages in (2, 3):
-        for stages_v in (2, 3):
-            buffers = {"STAGES": stages, "STAGES_V": stages_v}
-            if base.fused is not None and base.atomics:
-                yield base._replace(fused=base.fused._replace(**buffers))
-            for block in (64, 128):
-                queries = base.queries._replace(BLOCK=block, **buffers)
-                yield base._replace(keys=base.keys._replace(**buffers), queries=queries, atomics=False)
+    if base.fused is not None and base.atomics:
+        # Three buffers read out of range at head dim 128 (illegal access, H200, Triton 3.6).
+        for stages, stages_v in ((2, 2), (2, 4), (4, 2), (4, 4)):
+            yield base._replace(fused=base.fused._replace(STAGES=stages, STAGES_V=stages_v))
+    for block in (64, 128):
+        for stages in (2, 3):
+            buffers = {"STAGES": stages, "STAGES_V": stages}
+            queries = base.queries._replace(BLOCK=block, **buffers)
+            yield base._replace(keys=base.keys._replace(**buffers), queries=queries, atomics=False)
 
 
 def _shape(problem: Problem, config: Config) -> BackwardShape:
@@ -198,7 +201,7 @@ def _launch_keys(
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
         KeyOutputs(Strided.of(key), Strided.of(value), stats, sums),
-        coded(_swizzle(problem, call, sums is not None)),
+        coded(_swizzle(problem, call)),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),
@@ -236,13 +239,11 @@ def _finish_queries(
     launching.launch(finish_queries, programs, call.query.device, arguments, num_warps=4, num_stages=1)
 
 
-def _swizzle(problem: Problem, call: Call, sums: bool) -> int:
-    """How many key heads go side by side: their queries, output gradients and sums of dQ should stay in L2. Without
-    sums and without a mask all tiles are alike: one head after the other."""
-    if not problem.mask.bands and not problem.lengths and not sums:
+def _swizzle(problem: Problem, call: Call) -> int:
+    """How many key heads go side by side: their queries and output gradients should stay in L2."""
+    if not problem.mask.bands and not problem.lengths:
         return 1
-    columns = 2 * (problem.head_dim + problem.head_dim_v) + (4 * problem.head_dim if sums else 0)
-    row_bytes = call.query.shape[2] * problem.group * columns
+    row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
     heads = max(1, calls.L2_BYTES // max(row_bytes, 1))
     return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch))
 
