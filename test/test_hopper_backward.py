@@ -44,6 +44,9 @@ def steps(head_dim: int, width: int) -> int:
         *((width, "causal", False) for width in WIDTHS),
         ((64, 64), "causal", True),
         ((64, 64), "full", True),
+        ((64, 64), "scores", True),
+        ((128, 128), "causal", True),
+        ((128, 128), "window", True),
         ((128, 128), "window", False),
         ((64, 64), "scores", False),
         ((128, 128), "packed", False),
@@ -70,9 +73,13 @@ def test_main_loops(width: tuple[int, int], feature: str, atomics: bool) -> None
         _few_spills(found := main_loops(kernel, of_scores, 0))
         assert len(found) == 1
     else:
-        # dQ's columns of a warpgroup over the keys of all.
+        # dQ's columns of a warpgroup over the keys of all, or all columns in a loop of its own.
         sums = chosen.GROUPS * 64 // 16 if atomics else 0
-        loops = main_loops(kernel, of_values + of_scores + sums, chosen.BLOCK // 2)
+        if chosen.APART:
+            assert len(main_loops(kernel, sums, 0)) == 1
+            sums = 0
+        # Two bodies, with and without a mask.
+        loops = main_loops(kernel, 2 * (of_values + of_scores + sums), chosen.BLOCK)
         assert len(loops) == chosen.GROUPS
         _few_spills(loops)
 
@@ -93,20 +100,41 @@ def test_numbers_compile_nothing_anew() -> None:
     assert len(found) == 1
 
 
-def test_deterministic_algorithms_forbid_atomics() -> None:
-    posed, _ = compile_all.posed(Case("x", 1, 2, 2, 256, 256, 64, 64, "bf16"), "backward", "sm90")
+@pytest.mark.parametrize(("head_dim", "fused"), [(64, True), (96, True), (128, True), (192, False), (256, False)])
+def test_atomics_run_where_deterministic_algorithms_are_off(head_dim: int, fused: bool) -> None:
+    posed, _ = compile_all.posed(Case("x", 1, 2, 2, 4096, 4096, head_dim, head_dim, "bf16"), "backward", "sm90")
+    same_bits = dataclasses.replace(posed, deterministic=True)
     atomics = dispatch.encode_force("hopper", {"atomics": True})
-    assert not dispatch.select(posed, "hopper").config.atomics
-    assert dispatch.select(posed, atomics).config.atomics
+    assert dispatch.select(posed, "hopper").config.atomics == fused
+    assert not dispatch.select(same_bits, "hopper").config.atomics
     with pytest.raises(dispatch.UnsupportedError, match="atomics add in an order that varies"):
-        dispatch.select(dataclasses.replace(posed, deterministic=True), atomics)
+        dispatch.select(same_bits, atomics)
 
 
-@pytest.fixture(params=[False, True], ids=["", "atomics"])
+def test_padding_between_documents_forbids_atomics() -> None:
+    case = next(case for case in MORE if case.lengths == "packed_used")
+    posed, _ = compile_all.posed(case, "backward", "sm90")
+    assert not dispatch.select(posed, "hopper").config.atomics
+    with pytest.raises(dispatch.UnsupportedError, match="padding between packed documents reached dK"):
+        dispatch.select(posed, dispatch.encode_force("hopper", {"atomics": True}))
+
+
+@pytest.mark.parametrize(("head_dim", "softcap", "fused"), [(64, None, True), (64, 30.0, True), (128, None, False)])
+def test_few_keys_do_not_pay_for_sums(head_dim: int, softcap: float | None, fused: bool) -> None:
+    case = Case("x", 16, 2, 2, 1024, 1024, head_dim, head_dim, "bf16", "causal", softcap=softcap)
+    posed, _ = compile_all.posed(case, "backward", "sm90")
+    assert dispatch.select(posed, "hopper").config.atomics == fused
+    long = dataclasses.replace(posed, seqlen_q=4096, seqlen_k=4096)
+    assert dispatch.select(long, "hopper").config.atomics
+    scored = dataclasses.replace(long, steps=("softcap",))
+    assert dispatch.select(scored, "hopper").config.atomics == (head_dim == 64)
+
+
+@pytest.fixture(params=[False, True], ids=["pair", "atomics"])
 def force(request: pytest.FixtureRequest) -> Any:
-    """The Hopper kernels, with or without atomics."""
+    """The Hopper kernels, with or without atomics: whether with them."""
     with torch_flash2.force("hopper", {"atomics": request.param}):
-        yield
+        yield request.param
 
 
 MORE = [
@@ -121,7 +149,9 @@ MORE = [
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.name)
-def test_against_math(case: Case, force: None) -> None:
+def test_against_math(case: Case, force: bool) -> None:
+    if force and case.lengths == "packed_used":
+        pytest.skip("atomics do not take padding between packed documents")
     testing.check(case, device="cuda")
 
 
@@ -172,7 +202,12 @@ def test_other_documents_and_padding_do_not_reach_a_gradient(force: None) -> Non
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_are_bit_equal(head_dim: int) -> None:
     q, k, v, grad = (torch.randn(2, 8, 1024, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    with torch_flash2.force("hopper"):
-        first = gradients(q, k, v, grad, mask="causal")
-        for _ in range(50):
-            assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch_flash2.force("hopper"):
+            first = gradients(q, k, v, grad, mask="causal")
+            for _ in range(50):
+                assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -17,7 +17,7 @@ from ... import problem as problem_module
 from ...problem import Call, Gradients, Problem, Saved
 from ..bundles import Mode, RowStats, Strided, coded
 from ..triton import launching, recording, tables
-from ..triton.statistics import launch_stats, sink_gradient
+from ..triton.statistics import CLEARED, launch_stats, sink_gradient
 from . import calls
 from .backward_keys import backward_keys
 from .backward_pipeline import BackwardShape, KeyOutputs, QueryOutputs
@@ -32,7 +32,8 @@ REPAIRERS = 4
 class Config(NamedTuple):
     """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
-    keys, and whether S of the next tile is issued before dS of this one."""
+    keys, whether S of the next tile is issued before dS of this one, whether dQ's products have a warpgroup of their
+    own, and whether keys and values stay in registers."""
 
     GROUPS: int
     BLOCK: int
@@ -42,11 +43,13 @@ class Config(NamedTuple):
     WIDTH_V: int
     SHARED: bool = False
     AHEAD: bool = False
+    APART: bool = False
+    KEPT: bool = False
 
 
 class BackwardConfig(NamedTuple):
-    """One way to run the backward: the kernel of dK and dV, and that of dQ; `fused`, where there is one, makes dK and
-    dV and, with `atomics`, sums dQ by atomic additions, whose order varies."""
+    """One way to run the backward: the kernel of dK and dV, and that of dQ; or with `atomics`, where there is one,
+    `fused`, which makes dK and dV and sums dQ by atomic additions, whose order varies."""
 
     keys: Config
     queries: Config
@@ -73,29 +76,50 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 
 def config(problem: Problem) -> BackwardConfig:
-    """The row of backward_configs.json for the next head dims."""
+    """The row of backward_configs.json for the next head dims, with atomics where they are allowed and pay."""
     row = next(
         row
         for row in calls.table("backward_configs.json")
         if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
     fused = None if row["fused"] is None else Config(**row["fused"])
-    return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused)
+    # Sums cost by the row, a second kernel by the key that a row sees, of which a mask leaves about half.
+    keys = problem.seqlen_k // 2 if problem.mask.bands else problem.seqlen_k
+    atomics = fused is not None and not problem.deterministic and keys >= row["fused_keys"]
+    if fused is not None and problem.steps:
+        # Score steps take registers: those of operands kept there, and where there are none, accumulators would spill.
+        atomics = atomics and fused.KEPT
+        fused = fused._replace(KEPT=False)
+    atomics = atomics and not _padded_documents(problem)
+    return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused, atomics)
+
+
+def _padded_documents(problem: Problem) -> bool:
+    """Whether documents are packed with padding between them."""
+    return problem.packed_q and "used_q" in problem.lengths
 
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
     if config.atomics and problem.deterministic:
         yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
+    if config.atomics and config.fused is not None and _padded_documents(problem):
+        # H200, Triton 3.6, head dim 64: NaN or infinities in dK where padding holds NaN; the cause is not known.
+        yield "with atomics, padding between packed documents reached dK"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     """Configurations worth measuring."""
     base = config(problem)
+    if base.fused is not None and base.atomics:
+        # Three buffers read out of range at head dim 128 (illegal access, H200, Triton 3.6).
+        for stages, stages_v in ((2, 2), (2, 4), (4, 2), (4, 4)):
+            yield base._replace(fused=base.fused._replace(STAGES=stages, STAGES_V=stages_v))
     for block in (64, 128):
-        for stages in (1, 2, 3):
-            yield base._replace(keys=base.keys._replace(BLOCK=block, STAGES=stages, STAGES_V=stages))
-            yield base._replace(queries=base.queries._replace(BLOCK=block, STAGES=stages, STAGES_V=stages))
+        for stages in (2, 3):
+            buffers = {"STAGES": stages, "STAGES_V": stages}
+            queries = base.queries._replace(BLOCK=block, **buffers)
+            yield base._replace(keys=base.keys._replace(**buffers), queries=queries, atomics=False)
 
 
 def _shape(problem: Problem, config: Config) -> BackwardShape:
@@ -113,6 +137,8 @@ def _shape(problem: Problem, config: Config) -> BackwardShape:
         problem.group > 1,
         config.SHARED,
         config.AHEAD,
+        config.APART,
+        config.KEPT,
     )
 
 
@@ -132,9 +158,14 @@ def launch(problem: Problem, config: BackwardConfig, call: Call, saved: Saved) -
             if gradient is not None:
                 gradient.zero_()
         return found
-    stats = launch_stats(call, out, lse, grad_out, grad_lse)
-    if config.atomics and config.fused is not None and found.query is not None:
-        _launch_fused(problem, config.fused, call, grad_out, stats, found)
+    fused = config.fused if config.atomics else None
+    sums = None
+    if fused is not None and found.query is not None and (found.key is not None or found.value is not None):
+        sums = _sums(problem, fused, call)
+    stats = launch_stats(call, out, lse, grad_out, grad_lse, sums)
+    if fused is not None and sums is not None:
+        _launch_keys(problem, fused, call, grad_out, stats, found, sums)
+        _finish_queries(problem, fused, call, grad_out, stats, found.query, sums)
     else:
         if found.key is not None or found.value is not None:
             _launch_keys(problem, config.keys, call, grad_out, stats, found)
@@ -188,23 +219,29 @@ def _launch_keys(
     launching.launch(backward_keys, programs, call.query.device, arguments, num_warps=4)
 
 
-def _launch_fused(
-    problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, found: Gradients
-) -> None:  # fmt: skip
-    assert found.query is not None
-    chunks = triton.cdiv(problem.head_dim, config.WIDTH_D)
+def _sums(problem: Problem, config: Config, call: Call) -> torch.Tensor:
+    """Room for the sums of dQ, fp32: for each tile of rows a tile of products."""
     programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK)
-    sums = torch.zeros(programs * config.BLOCK * config.WIDTH_D * chunks, dtype=torch.float32, device=call.query.device)
-    _launch_keys(problem, config, call, grad_out, stats, found, sums)
+    size = triton.cdiv(programs * config.BLOCK * config.WIDTH_D, CLEARED.value) * CLEARED.value
+    return torch.empty(size, dtype=torch.float32, device=call.query.device)
+
+
+def _finish_queries(
+    problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor,
+    sums: torch.Tensor,
+) -> None:  # fmt: skip
+    programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK)
+    # How many parts, side by side, the warpgroups make.
+    parts = 1 if config.APART else config.GROUPS
     tensors = (Strided.of(tensor) for tensor in (call.query, call.key, call.value, grad_out))
     arguments = (
         sums,
         *tensors,
         stats,
-        Strided.of(found.query),
+        Strided.of(grad_q),
         *launching.bundle(problem, call),
-        config.WIDTH_D,
-        chunks,
+        config.WIDTH_D // parts,
+        parts,
         _repair_mode(problem, config.BLOCK),
         launching.steps(problem),
     )

@@ -31,9 +31,11 @@ from .backward_pipeline import (
     filled,
     freed,
     key_task,
+    left_operand,
     load_tiles,
     outer,
     scored,
+    scores_of,
     seen_by_keys,
     store_gradient,
     tile_ring,
@@ -143,144 +145,214 @@ def _clean_rows(j, m0, streams, task, rule, WG: gl.constexpr, SHAPE: gl.constexp
 
 @gluon.jit
 def _query_gradient(ds, j, k, again, exchange, WG: gl.constexpr, SHAPE: gl.constexpr):
-    """Issue this warpgroup's columns of dQ [BLOCK_M, WIDTH_D] of all keys of the program, from dS^T of all
+    """Issue this warpgroup's columns of dQ [BLOCK_M, WIDTH_D / GROUPS] of all keys of the program, from dS^T of all
     warpgroups, which meet in shared memory; GROUPS products in flight."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     GROUPS: gl.constexpr = SHAPE.GROUPS
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_D, 16])
+    COLS: gl.constexpr = WIDTH_D // GROUPS
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     first = j % 2 * GROUPS
-    exchange.index(first + WG).store(ds)
+    exchange.data.index(first + WG).store(ds)
     fence_async_shared()
     _sync(128 * GROUPS)
-    dq = gl.zeros([BLOCK_M, WIDTH_D], gl.float32, ACC)
+    dq = gl.zeros([BLOCK_M, COLS], gl.float32, ACC)
     for g in gl.static_range(GROUPS):
-        keys = view(k.data, g * SHAPE.CHUNKS_D + WG + again, 64, WIDTH_D)
-        dq = warpgroup_mma(exchange.index(first + g).permute((1, 0)), keys, dq, use_acc=g > 0, is_async=True)
+        keys = view(k.data, g + again, 64, WIDTH_D).slice(WG * COLS, COLS, dim=1)
+        dq = warpgroup_mma(exchange.data.index(first + g).permute((1, 0)), keys, dq, use_acc=g > 0, is_async=True)
     return dq
 
 
 @gluon.jit
-def _sums_tile(h, tile, task, rule, BLOCK_M: gl.constexpr):
-    """The number of a tile of rows of head h among the sums of dQ."""
+def _sums_tile(h, tile, task, rule, SHAPE: gl.constexpr):
+    """Where the sums of dQ of a tile of rows of head h begin."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
     per_head, _ = tasks_of(rule.spans, rule.sizes, BLOCK_M)
     if rule.spans.cu_q is None:
         number = (task.b * rule.sizes.H + h) * per_head + tile
     else:
         number = h * per_head + tile + task.start_q // BLOCK_M + task.b
-    return gl.cast(number, gl.int64)
+    return rule.aside + gl.cast(number, gl.int64) * (BLOCK_M * SHAPE.WIDTH_D)
 
 
 @gluon.jit
-def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """A warpgroup: dK and dV of 64 keys."""
+def _sum_queries(streams, fixed, task, rule, SHAPE: gl.constexpr):
+    """The warpgroup of dQ, where it has one of its own: dS^T of the others times the keys, added to the sums."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    GROUPS: gl.constexpr = SHAPE.GROUPS
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_D, 16])
+    exchange = streams[4]
+    k = fixed[0]
+    h = task.h * rule.sizes.group
+    i = task.count * 0
+    mbarrier.wait(k.filled.index(0), 0)
+    for j in range(task.count * rule.sizes.group):
+        slot = j % 2
+        tile = task.start // BLOCK_M + i
+        again = gl.minimum(i, 0)
+        filled(exchange, j, 2)
+        dq = gl.zeros([BLOCK_M, WIDTH_D], gl.float32, ACC)
+        for g in gl.static_range(GROUPS):
+            rows = exchange.data.index(slot * GROUPS + g).permute((1, 0))
+            dq = warpgroup_mma(rows, view(k.data, g + again, 64, WIDTH_D), dq, use_acc=g > 0, is_async=True)
+        dq = warpgroup_mma_wait(0, (dq,))
+        mbarrier.arrive(exchange.free.index(slot))
+        add_tile(_sums_tile(h, tile, task, rule, SHAPE), dq, BLOCK_M, WIDTH_D)
+        h, i = _advance(h, i, task, SHAPE)
+
+
+@gluon.jit
+def _landed_beside(x, acc, PENDING: gl.constexpr):
+    """An accumulator and a tuple of others once at most PENDING products are in flight."""
+    done = landed((x,) + acc, PENDING)
+    rest = ()
+    for c in gl.static_range(len(acc)):
+        rest = rest + (done[c + 1],)
+    return done[0], rest
+
+
+@gluon.jit
+def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.constexpr,
+          MASKED: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+    """dK and dV with the j-th tile of rows, the i-th of head h, and dQ's part where it is summed here. With `AHEAD`
+    `following` are the tile's products with the keys, and those of the next tile come back; `kept` are keys and values
+    in registers, or None."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    # How many products dV may leave in flight: those of S and of dK.
+    BEHIND: gl.constexpr = 2 * CHUNKS_D if SHAPE.AHEAD else CHUNKS_D
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
+    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
     q, do, lse2s, deltas, exchange = streams
     k, v, bounds = fixed
     DTYPE: gl.constexpr = q.data.dtype
+    slot = j % SHAPE.STAGES
+    slot_v = j % SHAPE.STAGES_V
+    m0 = task.start + i * BLOCK_M
+    m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
     n = task.n0 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
+    again = gl.minimum(m0, 0)
+    if SHAPE.AHEAD:
+        s = following
+    else:
+        filled(q, j, SHAPE.STAGES)
+        if LENGTHS:
+            _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
+        s = scores_of(kept[0], k, WG * CHUNKS_D + again, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
+    lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
+    filled(do, j, SHAPE.STAGES_V)
+    dp = scores_of(kept[1], v, WG * CHUNKS_V + again, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
+    if not SHAPE.AHEAD:
+        s = warpgroup_mma_wait(CHUNKS_V, (s,))
+    x, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
+    p = gl.exp2(x * rule.scoring.scale2 - lse2[None, :])
+    if MASKED:
+        p = gl.where(seen_by_keys(bounds, m, WG * 64, S), p, 0.0)
+    dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
+    # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
+    filled(do, j, SHAPE.STAGES_V)
+    dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
+    if SHAPE.AHEAD:
+        # S of the next tile, beside dV and the arithmetic of dS.
+        _, next_i = _advance(h, i, task, SHAPE)
+        more = j + 1 < task.count * rule.sizes.group
+        ahead = (j + 1) % SHAPE.STAGES
+        mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=more)
+        if LENGTHS:
+            if more:
+                _clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
+        following = scores_of(kept[0], k, WG * CHUNKS_D + again, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
+    ds = p * slope * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
+    if MASKED:
+        # A masked value may be NaN, and 0 * NaN is NaN.
+        ds = gl.where(seen_by_keys(bounds, m, WG * 64, S), ds, 0.0)
+    ds = ds.to(DTYPE)
+    SHARED_SUMS: gl.constexpr = rule.aside is not None and not SHAPE.APART
+    COLS: gl.constexpr = WIDTH_D // SHAPE.GROUPS
+    if SHARED_SUMS:
+        dq = _query_gradient(ds, j, k, again, exchange, WG, SHAPE)
+    elif rule.aside is not None:
+        freed(exchange, j, 2)
+        exchange.data.index(j % 2 * SHAPE.GROUPS + WG).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(exchange.filled.index(j % 2))
+    dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
+    if SHARED_SUMS:
+        dq, dv = _landed_beside(dq, dv, CHUNKS_D)
+        add_tile(_sums_tile(h, m0 // BLOCK_M, task, rule, SHAPE) + WG * (BLOCK_M * COLS), dq, BLOCK_M, COLS)
+    else:
+        dv = landed(dv, BEHIND)
+    mbarrier.arrive(do.free.index(slot_v))
+    if SHAPE.AHEAD:
+        following, dk = _landed_beside(following, dk, 0)
+    else:
+        dk = landed(dk, 0)
+    mbarrier.arrive(q.free.index(slot))
+    return dk, dv, following
+
+
+@gluon.jit
+def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """A warpgroup: dK and dV of 64 keys, and dQ's part where it is summed here."""
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    q, _, _, _, exchange = streams
+    k, v, _ = fixed
     dk = zeros(WIDTH_D, CHUNKS_D)
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = _steps_of(h, task, rule, STEPS)
     i = task.count * 0
     some = task.count > 0
+    total = task.count * rule.sizes.group
     mbarrier.wait(k.filled.index(0), 0)
     mbarrier.wait(v.filled.index(0), 0, pred=some)
-    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
-    total = task.count * rule.sizes.group
+    kept = (None, None)
+    if SHAPE.KEPT:
+        kept = (left_operand(k, WG, BLOCK_M, WIDTH_D), left_operand(v, WG, BLOCK_M, WIDTH_V))
+    s = task.start * 0
     if SHAPE.AHEAD:
         mbarrier.wait(q.filled.index(0), 0, pred=some)
-        if LENGTHS:
+        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
             if some:
                 _clean_rows(0, task.start, streams, task, rule, WG, SHAPE)
-        following = warpgroup_mma_wait(0, (outer(k.data, WG * CHUNKS_D, q.data, 0, BLOCK_M, WIDTH_D, CHUNKS_D),))
+        s = warpgroup_mma_wait(0, (scores_of(kept[0], k, WG * CHUNKS_D, q, 0, BLOCK_M, WIDTH_D, CHUNKS_D),))
+    full_stop = task.full_stop
+    if rule.aside is not None:
+        # dQ sums over keys: those past the end must not count.
+        full_stop = gl.where(task.n0 + 64 * SHAPE.GROUPS > task.used_k, 0, full_stop)
     for j in range(total):
-        slot = j % SHAPE.STAGES
-        slot_v = j % SHAPE.STAGES_V
         m0 = task.start + i * BLOCK_M
-        m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
         now = steps
         if SHAPE.GROUPED:
             now = _steps_of(h, task, rule, STEPS)
-        partial = (m0 < task.full_start) | (m0 >= task.full_stop)
-        if rule.aside is not None:
-            # dQ sums over keys: those past the end must not count.
-            partial = partial | (task.n0 + 64 * SHAPE.GROUPS > task.used_k)
-        # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
-        again = gl.minimum(m0, 0)
-        if SHAPE.AHEAD:
-            s = following
+        # Two bodies, so that a tile without a mask is worked on without a branch.
+        if (m0 < task.full_start) | (m0 >= full_stop):
+            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, streams, fixed, task, rule, WG, True, SHAPE, STEPS)
         else:
-            filled(q, j, SHAPE.STAGES)
-            if LENGTHS:
-                _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
-            s = outer(k.data, WG * CHUNKS_D + again, q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
-        lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
-        filled(do, j, SHAPE.STAGES_V)
-        dp = outer(v.data, WG * CHUNKS_V + again, do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
-        if not SHAPE.AHEAD:
-            s = warpgroup_mma_wait(CHUNKS_V, (s,))
-        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
-        p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
-        if partial:
-            p = gl.where(seen_by_keys(bounds, m, WG * 64, S), p, 0.0)
-        dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
-        # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
-        filled(do, j, SHAPE.STAGES_V)
-        dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
-        if SHAPE.AHEAD:
-            # S of the next tile, beside dV and the arithmetic of dS.
-            next_h, next_i = _advance(h, i, task, SHAPE)
-            more = j + 1 < total
-            ahead = (j + 1) % SHAPE.STAGES
-            mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=more)
-            if LENGTHS:
-                if more:
-                    _clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
-            following = outer(k.data, WG * CHUNKS_D + again, q.data, ahead * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
-        ds = p * slope * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
-        if partial:
-            # A masked value may be NaN, and 0 * NaN is NaN.
-            ds = gl.where(seen_by_keys(bounds, m, WG * 64, S), ds, 0.0)
-        ds = ds.to(DTYPE)
-        if rule.aside is None:
-            dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
-            dv = landed(dv, 2 * CHUNKS_D if SHAPE.AHEAD else CHUNKS_D)
-            mbarrier.arrive(do.free.index(slot_v))
-        else:
-            dq = _query_gradient(ds, j, k, again, exchange, WG, SHAPE)
-            dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
-            done = landed((dq,) + dv, CHUNKS_D)
-            dv = ()
-            for c in gl.static_range(CHUNKS_V):
-                dv = dv + (done[c + 1],)
-            mbarrier.arrive(do.free.index(slot_v))
-            part = _sums_tile(h, m0 // BLOCK_M, task, rule, BLOCK_M) * CHUNKS_D + WG
-            add_tile(rule.aside + part * (BLOCK_M * WIDTH_D), done[0], BLOCK_M, WIDTH_D)
-        filled(q, j, SHAPE.STAGES)
-        if SHAPE.AHEAD:
-            done_last = landed((following,) + dk, 0)
-            following = done_last[0]
-            dk = ()
-            for c in gl.static_range(CHUNKS_D):
-                dk = dk + (done_last[c + 1],)
-        else:
-            dk = landed(dk, 0)
-        mbarrier.arrive(q.free.index(slot))
+            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, streams, fixed, task, rule, WG, False, SHAPE, STEPS)
         h, i = _advance(h, i, task, SHAPE)
     row = task.n0 + WG * 64
     store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, WG * CHUNKS_V, row, task.stored, task.used_k,
                    task.batch_k, task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
+    # dK leaves through the tiles of keys, which dQ's products read.
+    if rule.aside is not None:
+        if SHAPE.APART:
+            freed(exchange, total + 1, 2)
+        else:
+            _sync(128 * SHAPE.GROUPS)
     store_gradient(dk_to, dk, rule.scoring.scale, k.data, WG * CHUNKS_D, row, task.stored, task.used_k, task.batch_k,
                    task.h, task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
-    compat.stores_landed()
+    compat.store_wait(0)
 
 
 @gluon.jit
@@ -334,7 +406,7 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
     _sync(256)
     store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, 0, task.n0, task.stored, task.used_k, task.batch_k,
                    task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
-    compat.stores_landed()
+    compat.store_wait(0)
 
 
 @gluon.jit
@@ -381,7 +453,7 @@ def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
     _sync(256)
     store_gradient(dk_to, dk, rule.scoring.scale, k.data, 0, task.n0, task.stored, task.used_k, task.batch_k, task.h,
                    task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
-    compat.stores_landed()
+    compat.store_wait(0)
 
 
 @gluon.jit
@@ -406,7 +478,9 @@ def backward_keys(
     do_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     exchange = None
     if outputs.sums is not None:
-        exchange = gl.allocate_shared_memory(DTYPE, [2 * GROUPS, 64, BLOCK_M], matrix(BLOCK_M, 2))
+        exchange_filled, exchange_free = ring_barriers(2, 1, GROUPS)
+        exchange_data = gl.allocate_shared_memory(DTYPE, [2 * GROUPS, 64, BLOCK_M], matrix(BLOCK_M, 2))
+        exchange = Ring(exchange_data, exchange_filled, exchange_free)
     lse2s = vector_ring(SHAPE.STAGES, BLOCK_M)
     deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M)
     streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
@@ -429,6 +503,18 @@ def backward_keys(
             ],
             [4, 1],
             [240, 24],
+        )
+    elif SHAPE.APART:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
+                (_sum_queries, (streams, fixed, task, rule, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+            ],
+            [4, 4, 1],
+            [208, 64, 24],
         )
     elif GROUPS == 2:
         fence_async_shared()

@@ -25,7 +25,8 @@ class BackwardShape(NamedTuple):
     """Compile-time numbers: consumer warpgroups, positions of a streamed tile, buffers of what streams (`STAGES` of
     queries or keys, `STAGES_V` of output gradients or values); the columns of a tile and how many tiles side by side
     make D and Dv; whether bands bound keys on the left, alignment; whether query heads share a key head; whether two
-    warpgroups share 64 keys; whether S of the next tile is issued before dS of this one."""
+    warpgroups share 64 keys; whether S of the next tile is issued before dS of this one; whether dQ's products have a
+    warpgroup of their own; whether keys and values stay in registers too, as left operands."""
 
     GROUPS: int
     BLOCK: int
@@ -40,6 +41,8 @@ class BackwardShape(NamedTuple):
     GROUPED: bool
     SHARED: bool
     AHEAD: bool
+    APART: bool
+    KEPT: bool
 
 
 class BackwardInputs(NamedTuple):
@@ -87,8 +90,8 @@ class Vectors(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """What passes a tile of keys: rings of queries and output gradients, and of lse2 and delta beside them; where
-    warpgroups exchange dS^T, or None.
+    """What passes a tile of keys: rings of queries and output gradients, and of lse2 and delta beside them; the ring
+    through which warpgroups hand each other dS^T, or None.
 
     lse2 and delta come by TMA with the tiles. Of packed rows they do not: a vector starts anywhere there, and TMA wants
     its start at 16 bytes (an illegal instruction otherwise, H200, 2026-11-21). Then the producer copies them, and they
@@ -254,6 +257,25 @@ def outer(left, first_left, right, first_right, COLS: gl.constexpr, WIDTH: gl.co
 
 
 @gluon.jit
+def left_operand(ring, index, COLS: gl.constexpr, WIDTH: gl.constexpr):
+    """A tile [64, WIDTH] of a ring as the register operand of a product into COLS columns."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    return view(ring.data, index, 64, WIDTH).load(gl.DotOperandLayout(0, L, 2))
+
+
+@gluon.jit
+def scores_of(kept, fixed, first, moving, slot, COLS: gl.constexpr, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """Issue the products [64, COLS] of what stays, tiles `first` on or, if not None, the register operand `kept`, with
+    a buffer of what passes; CHUNKS products in flight."""
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    if kept is None:
+        return outer(fixed.data, first, moving.data, slot * CHUNKS, COLS, WIDTH, CHUNKS)
+    else:
+        right = view(moving.data, slot, COLS, WIDTH).permute((1, 0))
+        return warpgroup_mma(kept, right, gl.zeros([64, COLS], gl.float32, L), use_acc=False, is_async=True)
+
+
+@gluon.jit
 def accumulate(x, data, first, acc, ROWS: gl.constexpr, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
     """Issue acc += x data, x [64, ROWS] in registers; CHUNKS products in flight."""
     result = ()
@@ -288,14 +310,17 @@ def add_tile(to, tile, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     x = gl.reshape(tile, [ROWS // 16, 2, 8, WIDTH // 8, 4, 2])
     x = gl.reshape(gl.permute(x, (0, 3, 2, 4, 1, 5)), [ROWS * WIDTH])
     L: gl.constexpr = x.type.layout
-    # One address for the four: another for each would take a register each.
-    at = to.to(gl.int64, bitcast=True) + (gl.arange(0, ROWS * WIDTH, layout=L) // 4 * 16).to(gl.int64)
+    # The address of a thread's first four, and how far on the next are: constants, which need no registers.
+    number = gl.arange(0, ROWS * WIDTH, layout=L)
+    further = number // 128 % (WIDTH // 8) * 512
+    at = to.to(gl.int64, bitcast=True) + (number // 4 * 16 - further).to(gl.int64)
     ASM: gl.constexpr = (
-        "red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};"
-        " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
+        "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4;"
+        " red.relaxed.gpu.global.add.v4.f32 [a], {$12, $13, $14, $15};"
+        " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
     )
     gl.inline_asm_elementwise(
-        ASM, "=r,=r,=r,=r,l,l,l,l,f,f,f,f", [at, x], dtype=gl.int32, is_pure=False, pack=4
+        ASM, "=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f", [at, further, x], dtype=gl.int32, is_pure=False, pack=4
     )  # fmt: skip
 
 

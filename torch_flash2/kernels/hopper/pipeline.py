@@ -121,12 +121,12 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def ring_barriers(COUNT: gl.constexpr, READERS: gl.constexpr):
-    """The two barriers of each of COUNT buffers, which one producer fills and READERS partitions read."""
+def ring_barriers(COUNT: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
+    """The two barriers of each of COUNT buffers, which WRITERS partitions fill and READERS partitions read."""
     filled = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(filled.index(i), 1)
+        mbarrier.init(filled.index(i), WRITERS)
         mbarrier.init(free.index(i), READERS)
     return filled, free
 

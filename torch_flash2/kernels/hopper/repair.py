@@ -46,14 +46,13 @@ def finish_queries(
     else:
         number = h * count + place.row // BLOCK_M + tl.load(spans.cu_q + b) // BLOCK_M + b
     first = tl.cast(number, tl.int64) * (BLOCK_M * WIDTH * CHUNKS)
-    row = tl.arange(0, BLOCK_M)[:, None]
-    col = tl.arange(0, WIDTH)[None, :]
-    # Number (w, c, g, t, r, e) of element (16 w + 8 r + g, 8 c + 2 t + e).
-    at = ((row // 16 * (WIDTH // 8) + col // 8) * 8 + row % 8) * 16 + col % 8 // 2 * 4 + row % 16 // 8 * 2 + col % 2
+    element = tl.arange(0, BLOCK_M * WIDTH)
     rows = Rows(grad_q, place.batch_q, h, place.start_q)
     found = False
     for i in tl.static_range(CHUNKS):
-        dq = tl.load(sums + first + i * BLOCK_M * WIDTH + at) * scoring.scale
+        # Number (w, c, g, t, r, e) is element (16 w + 8 r + g, 8 c + 2 t + e).
+        dq = tl.reshape(tl.load(sums + first + i * BLOCK_M * WIDTH + element), (BLOCK_M // 16, WIDTH // 8, 8, 4, 2, 2))
+        dq = tl.reshape(tl.permute(dq, (0, 4, 2, 1, 3, 5)), (BLOCK_M, WIDTH)) * scoring.scale
         dq = tl.where((tile.at < tile.M)[:, None], dq, 0.0)
         tiles.store_columns(rows, place.row, place.stored, i * WIDTH, dq, BLOCK_M, WIDTH)
         found = found | tiles.any_nan((dq,))

@@ -10,20 +10,31 @@ import triton
 import triton.language as tl
 
 from ...problem import Call
-from ..bundles import Rows, RowStats, Sizes, Strided
+from ..bundles import Rows, RowStats, Sizes, Strided, coded
 from ..device import scores, tiles
 from . import launching, tables
+
+# How many fp32 numbers of a workspace a program sets to 0.
+CLEARED = tl.constexpr(8192)
 
 
 @triton.jit
 def backward_stats(
-    out, grad_out, lse_ptr, grad_lse_ptr, stats, coded_sizes, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
-):
-    """RowStats of one tile of rows; a row that sees no key has delta 0."""
+    out, grad_out, lse_ptr, grad_lse_ptr, stats, sums, coded_sums, coded_sizes,
+    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
+):  # fmt: skip
+    """RowStats of one tile of rows; a row that sees no key has delta 0. And zeros in `sums`, CLEARED for each program,
+    of which there may be more than tiles."""
     sizes = tiles.sizes_of(coded_sizes)
+    pid = tl.program_id(0)
+    if sums is not None:
+        if pid < tiles.decoded(coded_sums) // CLEARED:
+            at = tl.cast(pid, tl.int64) * CLEARED + tl.arange(0, CLEARED)
+            tl.store(sums + at, tl.zeros([CLEARED], tl.float32))
     count = stats.pitch // BLOCK_M
-    row = tl.program_id(0) % count * BLOCK_M
-    bh = tl.program_id(0) // count
+    row = pid % count * BLOCK_M
+    # Programs past the last tile write what another writes.
+    bh = tl.minimum(pid // count, sizes.B * sizes.H - 1)
     m = row + tl.arange(0, BLOCK_M)
     o = tiles.load_rows(Rows(out, bh // sizes.H, bh % sizes.H, bh * 0), row, sizes.M, True, BLOCK_M, BLOCK_DV, True)
     do = tiles.load_rows(
@@ -41,9 +52,14 @@ def backward_stats(
 
 
 def launch_stats(
-    call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
+    call: Call,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    sums: torch.Tensor | None = None,
 ) -> RowStats:
-    """The statistics of all query rows."""
+    """The statistics of all query rows, and zeros in `sums`, fp32, of a multiple of CLEARED elements."""
     B, H, M, Dv = out.shape
     block_dv = tables.block_dim(Dv)
     block_m = min(64, 8192 // block_dv)
@@ -57,11 +73,16 @@ def launch_stats(
         lse,
         grad_lse,
         stats,
+        sums,
+        coded(0 if sums is None else sums.numel()),
         Sizes.coded(B, H, 1, M, 0),
         block_m,
         block_dv,
     )
-    launching.launch(backward_stats, B * H * pitch // block_m, call.query.device, arguments, num_warps=4)
+    programs = B * H * pitch // block_m
+    if sums is not None:
+        programs = max(programs, sums.numel() // CLEARED.value)
+    launching.launch(backward_stats, programs, call.query.device, arguments, num_warps=4)
     return stats
 
 
