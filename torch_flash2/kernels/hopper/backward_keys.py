@@ -254,6 +254,8 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
     p = gl.exp2(x * rule.scoring.scale2 - lse2[None, :])
     if MASKED:
         p = gl.where(seen_by_keys(bounds, m, WG * 64, S), p, 0.0)
+    # Before the next branch: P and the slope both, in fp32, would be spilled there.
+    weight = p * slope
     dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
     # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
     filled(do, j, SHAPE.STAGES_V)
@@ -268,7 +270,7 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
             if more:
                 _clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
         following = scores_of(kept[0], k, WG * CHUNKS_D + again, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
-    ds = p * slope * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
+    ds = weight * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
         # A masked value may be NaN, and 0 * NaN is NaN.
         ds = gl.where(seen_by_keys(bounds, m, WG * 64, S), ds, 0.0)
