@@ -90,18 +90,13 @@ def config(problem: Problem) -> BackwardConfig:
     return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused)
 
 
-def _padded_documents(problem: Problem) -> bool:
-    """Whether documents are packed with padding between them."""
-    return problem.packed_q and "used_q" in problem.lengths
-
-
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
     if config.atomics and problem.deterministic:
         yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
     if config.atomics and config.fused is None:
         yield "it has no kernel with atomics for head dims above 128"
-    if config.atomics and _padded_documents(problem):
+    if config.atomics and problem.packed_q and "used_q" in problem.lengths:
         # H200, Triton 3.6, head dim 64: NaN or infinities in dK where padding holds NaN; the cause is not known.
         yield "with atomics, padding between packed documents reached dK"
 

@@ -32,7 +32,6 @@ from .backward_pipeline import (
     freed,
     key_task,
     left_operand,
-    load_tiles,
     outer,
     scored,
     scores_of,
@@ -42,7 +41,7 @@ from .backward_pipeline import (
     vector_ring,
     view,
 )
-from .pipeline import Ring, barrier_asm, landed, matrix, operand, ring_barriers, tasks_of, zeros
+from .pipeline import Ring, barrier_asm, landed, load_tiles, matrix, operand, ring_barriers, tasks_of, zeros
 
 
 @gluon.jit

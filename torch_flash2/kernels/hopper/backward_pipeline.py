@@ -232,13 +232,6 @@ def copy_vector(ring, slot, source, LENGTH: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(source, at, batch, head, row, barrier, data, first, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
-    """Load the CHUNKS tiles of rows from `row` on into data[first ..]; `at` is where the segment starts."""
-    for c in gl.static_range(CHUNKS):
-        compat.load(source, [batch, head, at + row, c * WIDTH], barrier, data.index(first + c))
-
-
-@gluon.jit
 def view(data, index, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """One tile [ROWS, WIDTH] of a ring."""
     return data.index(index)._reinterpret(data.dtype, [ROWS, WIDTH], matrix(WIDTH, 2))

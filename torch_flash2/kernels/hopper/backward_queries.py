@@ -24,14 +24,12 @@ from .backward_pipeline import (
     accumulate,
     filled,
     freed,
-    left_operand,
-    load_tiles,
+    outer,
     scored,
-    scores_of,
     store_gradient,
     tile_ring,
 )
-from .pipeline import landed, operand, query_task, tasks_of, zeros
+from .pipeline import landed, load_tiles, operand, query_task, tasks_of, zeros
 
 
 @gluon.jit
@@ -128,18 +126,15 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
     mbarrier.wait(q.filled.index(0), 0)
     mbarrier.wait(do.filled.index(0), 0, pred=some)
     mbarrier.wait(k.filled.index(0), 0, pred=some)
-    kept = (None, None)
-    if SHAPE.KEPT:
-        kept = (left_operand(q, WG, BLOCK_N, WIDTH_D), left_operand(do, WG, BLOCK_N, WIDTH_V))
     for j in range(task.count):
         slot = j % SHAPE.STAGES
         slot_v = j % SHAPE.STAGES_V
         n0 = task.top - j * BLOCK_N
         # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
         again = gl.minimum(n0, 0)
-        s = scores_of(kept[0], q, WG * CHUNKS_D + again, k, slot, BLOCK_N, WIDTH_D, CHUNKS_D)
+        s = outer(q.data, WG * CHUNKS_D + again, k.data, slot * CHUNKS_D, BLOCK_N, WIDTH_D, CHUNKS_D)
         filled(v, j, SHAPE.STAGES_V)
-        dp = scores_of(kept[1], do, WG * CHUNKS_V + again, v, slot_v, BLOCK_N, WIDTH_V, CHUNKS_V)
+        dp = outer(do.data, WG * CHUNKS_V + again, v.data, slot_v * CHUNKS_V, BLOCK_N, WIDTH_V, CHUNKS_V)
         s = warpgroup_mma_wait(CHUNKS_V, (s,))
         n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
         shift = task.used_k - task.used_q if SHAPE.BOTTOM_RIGHT else task.used_k * 0

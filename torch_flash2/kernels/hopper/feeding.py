@@ -7,8 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from . import compat
-from .pipeline import TASKS, Task, free_task, get_task, put_task, query_task, ring_at, tasks_of
+from .pipeline import TASKS, Task, free_task, get_task, load_tiles, put_task, query_task, ring_at, tasks_of
 
 
 @gluon.jit
@@ -45,20 +44,12 @@ def schedule(buffers, rule, swizzle, counter, SHAPE: gl.constexpr, STEPS: gl.con
 
 
 @gluon.jit
-def _load_values(inputs, buffers, index, batch, head, row, SHAPE: gl.constexpr):
-    """Load the index-th tile of values, which starts at row `row`, once its buffer is free."""
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    BYTES: gl.constexpr = SHAPE.BLOCK_N * SHAPE.WIDTH_V * CHUNKS_V * 2
+def _load(source, ring, index, batch, head, row, WIDTH: gl.constexpr, CHUNKS: gl.constexpr, SHAPE: gl.constexpr):
+    """Load the index-th tile of keys or of values, which starts at row `row`, once its buffer is free."""
     stage, phase = ring_at(index, SHAPE.STAGES)
-    mbarrier.wait(buffers.v.free.index(stage), phase ^ 1)
-    mbarrier.expect(buffers.v.filled.index(stage), BYTES)
-    for c in gl.static_range(CHUNKS_V):
-        compat.load(
-            inputs.v,
-            [batch, head, row, c * SHAPE.WIDTH_V],
-            buffers.v.filled.index(stage),
-            buffers.v.data.index(stage * CHUNKS_V + c),
-        )
+    mbarrier.wait(ring.free.index(stage), phase ^ 1)
+    mbarrier.expect(ring.filled.index(stage), SHAPE.BLOCK_N * WIDTH * CHUNKS * 2)
+    load_tiles(source, 0, batch, head, row, ring.filled.index(stage), ring.data, stage * CHUNKS, WIDTH, CHUNKS)
 
 
 @gluon.jit
@@ -71,8 +62,8 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     BYTES_Q: gl.constexpr = 64 * GROUPS * SHAPE.WIDTH_D * CHUNKS_D * 2
-    BYTES_K: gl.constexpr = BLOCK_N * SHAPE.WIDTH_D * CHUNKS_D * 2
     loaded = 0
     done = 0
     # The tile whose values are not loaded.
@@ -87,30 +78,18 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
         mbarrier.wait(buffers.q.free.index(slot), phase ^ 1)
         mbarrier.expect(buffers.q.filled.index(slot), BYTES_Q)
         for w in gl.static_range(GROUPS):
-            for c in gl.static_range(CHUNKS_D):
-                compat.load(
-                    inputs.q,
-                    [task.batch_q, task.h, task.start_q + task.row + w * 64, c * SHAPE.WIDTH_D],
-                    buffers.q.filled.index(slot),
-                    buffers.q.data.index((slot * GROUPS + w) * CHUNKS_D + c),
-                )
+            load_tiles(
+                inputs.q, task.start_q, task.batch_q, task.h, task.row + w * 64, buffers.q.filled.index(slot),
+                buffers.q.data, (slot * GROUPS + w) * CHUNKS_D, SHAPE.WIDTH_D, CHUNKS_D,
+            )  # fmt: skip
         head = task.h // rule.sizes.group
         # Asking earlier would share out the work less evenly.
         asking = gl.maximum(task.count - 3, 0)
         for j in range(task.count):
             row = task.start_k + task.top - j * BLOCK_N
-            stage, phase = ring_at(loaded, SHAPE.STAGES)
-            mbarrier.wait(buffers.k.free.index(stage), phase ^ 1)
-            mbarrier.expect(buffers.k.filled.index(stage), BYTES_K)
-            for c in gl.static_range(CHUNKS_D):
-                compat.load(
-                    inputs.k,
-                    [task.batch_k, head, row, c * SHAPE.WIDTH_D],
-                    buffers.k.filled.index(stage),
-                    buffers.k.data.index(stage * CHUNKS_D + c),
-                )
+            _load(inputs.k, buffers.k, loaded, task.batch_k, head, row, SHAPE.WIDTH_D, CHUNKS_D, SHAPE)
             if late > 0:
-                _load_values(inputs, buffers, loaded - 1, batch, group_head, late_row, SHAPE)
+                _load(inputs.v, buffers.v, loaded - 1, batch, group_head, late_row, SHAPE.WIDTH_V, CHUNKS_V, SHAPE)
             late = 1
             batch = task.batch_k
             group_head = head
@@ -120,9 +99,9 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
                 mbarrier.arrive(buffers.ask.index(done % TASKS))
         if SHAPE.Q_STAGES == 1:
             # The next queries wait for the end of this task.
-            _load_values(inputs, buffers, loaded - 1, batch, group_head, late_row, SHAPE)
+            _load(inputs.v, buffers.v, loaded - 1, batch, group_head, late_row, SHAPE.WIDTH_V, CHUNKS_V, SHAPE)
             late = 0
         done += 1
         task = get_task(buffers.tasks, done, 1)
     if late > 0:
-        _load_values(inputs, buffers, loaded - 1, batch, group_head, late_row, SHAPE)
+        _load(inputs.v, buffers.v, loaded - 1, batch, group_head, late_row, SHAPE.WIDTH_V, CHUNKS_V, SHAPE)

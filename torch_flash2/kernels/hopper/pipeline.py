@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from ..device import bands, tiles
+from . import compat
 
 # Places at the start of the workspace: the next task, programs that are done; flags follow.
 COUNTERS = 4
@@ -296,3 +297,10 @@ def zeros(WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
     for _ in gl.static_range(CHUNKS):
         acc = acc + (gl.zeros([64, WIDTH], gl.float32, ACC),)
     return acc
+
+
+@gluon.jit
+def load_tiles(source, at, batch, head, row, barrier, data, first, WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
+    """Load the CHUNKS tiles of rows from `row` on into data[first ..]; `at` is where the segment starts."""
+    for c in gl.static_range(CHUNKS):
+        compat.load(source, [batch, head, at + row, c * WIDTH], barrier, data.index(first + c))
