@@ -201,12 +201,7 @@ def test_other_documents_and_padding_do_not_reach_a_gradient(force: None) -> Non
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_are_bit_equal(head_dim: int) -> None:
     q, k, v, grad = (torch.randn(2, 8, 1024, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        with torch_flash2.force("hopper"):
-            first = gradients(q, k, v, grad, mask="causal")
-            for _ in range(50):
-                assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
-    finally:
-        torch.use_deterministic_algorithms(before)
+    with torch_flash2.force("hopper"):
+        first = gradients(q, k, v, grad, mask="causal")
+        for _ in range(50):
+            assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
