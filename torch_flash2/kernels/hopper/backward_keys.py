@@ -33,6 +33,7 @@ from .backward_pipeline import (
     key_task,
     left_operand,
     outer,
+    resident_tiles,
     scored,
     scores_of,
     seen_by_keys,
@@ -152,13 +153,13 @@ def _query_gradient(ds, j, k, again, exchange, WG: gl.constexpr, SHAPE: gl.const
     COLS: gl.constexpr = WIDTH_D // GROUPS
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     first = j % 2 * GROUPS
-    exchange.data.index(first + WG).store(ds)
+    exchange.index(first + WG).store(ds)
     fence_async_shared()
     _sync(128 * GROUPS)
     dq = gl.zeros([BLOCK_M, COLS], gl.float32, ACC)
     for g in gl.static_range(GROUPS):
         keys = view(k.data, g + again, 64, WIDTH_D).slice(WG * COLS, COLS, dim=1)
-        dq = warpgroup_mma(exchange.data.index(first + g).permute((1, 0)), keys, dq, use_acc=g > 0, is_async=True)
+        dq = warpgroup_mma(exchange.index(first + g).permute((1, 0)), keys, dq, use_acc=g > 0, is_async=True)
     return dq
 
 
@@ -473,17 +474,18 @@ def backward_keys(
     inputs = BackwardInputs(q, k, v, do, stats)
     dk_to = Gradient(dk, outputs.k)
     dv_to = Gradient(dv, outputs.v)
-    key_tiles = tile_ring(1, 1, 64, SHAPE.WIDTH_D, KEYS * SHAPE.CHUNKS_D, DTYPE)
-    value_tiles = tile_ring(1, 1, 64, SHAPE.WIDTH_V, KEYS * SHAPE.CHUNKS_V, DTYPE)
+    key_tiles = resident_tiles(KEYS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
+    value_tiles = resident_tiles(KEYS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
     query_tiles = tile_ring(SHAPE.STAGES, GROUPS, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
     do_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     exchange = None
     if outputs.sums is not None:
-        exchange_filled, exchange_free = ring_barriers(2, 1, GROUPS)
-        exchange_data = gl.allocate_shared_memory(DTYPE, [2 * GROUPS, 64, BLOCK_M], matrix(BLOCK_M, 2))
-        exchange = Ring(exchange_data, exchange_filled, exchange_free)
-    lse2s = vector_ring(SHAPE.STAGES, BLOCK_M)
-    deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M)
+        exchange = gl.allocate_shared_memory(DTYPE, [2 * GROUPS, 64, BLOCK_M], matrix(BLOCK_M, 2))
+        if SHAPE.APART:
+            exchange_filled, exchange_free = ring_barriers(2, 1, GROUPS)
+            exchange = Ring(exchange, exchange_filled, exchange_free)
+    lse2s = vector_ring(SHAPE.STAGES, BLOCK_M, query_tiles, spans.cu_q)
+    deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M, do_tiles, spans.cu_q)
     streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
     rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums)
     task, bounds = key_task(

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..bundles import Rows
 from ..device import bands, scores, tiles
 from . import compat
-from .pipeline import Ring, matrix, ring_barriers
+from .pipeline import Ring, barriers, matrix, ring_barriers
 
 
 class BackwardShape(NamedTuple):
@@ -74,24 +74,25 @@ class QueryOutputs(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """A tile of keys in shared memory: rings of one buffer of keys and of values, and where the rows that see each key
-    start and stop."""
+    """A tile of keys in shared memory: its keys and values as Landing, and where the rows that see each key start and
+    stop."""
 
     k: Any
     v: Any
     bounds: Any
 
 
-class Vectors(NamedTuple):
-    """Buffers of vectors, which are freed with the tiles of another ring, with a barrier for "filled" each."""
+class Landing(NamedTuple):
+    """Buffers with a barrier for "filled" each, and none for "free": they are filled once, or freed with the tiles of a
+    ring."""
 
     data: Any
     filled: Any
 
 
 class Streams(NamedTuple):
-    """What passes a tile of keys: rings of queries and output gradients, and of lse2 and delta beside them; the ring
-    through which warpgroups hand each other dS^T, or None.
+    """What passes a tile of keys: rings of queries and output gradients, and lse2 and delta beside them as Landing;
+    tiles in which warpgroups hand each other dS^T, as a ring where a warpgroup of its own takes them, or None.
 
     lse2 and delta come by TMA with the tiles. Of packed rows they do not: a vector starts anywhere there, and TMA wants
     its start at 16 bytes (an illegal instruction otherwise, H200, 2026-11-21). Then the producer copies them, and they
@@ -106,7 +107,8 @@ class Streams(NamedTuple):
 
 
 class QueryTiles(NamedTuple):
-    """The dQ kernel's rings: queries and output gradients, which stay, keys and values, which pass."""
+    """The dQ kernel's tiles: queries and output gradients, which stay, as Landing; rings of keys and values, which
+    pass."""
 
     q: Any
     do: Any
@@ -214,13 +216,20 @@ def tile_ring(COUNT: gl.constexpr, READERS: gl.constexpr, ROWS: gl.constexpr, WI
 
 
 @gluon.jit
-def vector_ring(COUNT: gl.constexpr, LENGTH: gl.constexpr):
-    """COUNT buffers of LENGTH fp32 numbers."""
+def resident_tiles(TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr):
+    """Tiles [ROWS, WIDTH] that are filled once, together."""
+    data = gl.allocate_shared_memory(DTYPE, [TILES, 1, 1, ROWS, WIDTH], matrix(WIDTH, 4))
+    return Landing(data, barriers(1, 1))
+
+
+@gluon.jit
+def vector_ring(COUNT: gl.constexpr, LENGTH: gl.constexpr, tiles_beside, cu):
+    """COUNT buffers of LENGTH fp32 numbers, which land with the tiles of a ring; of packed rows by themselves."""
     data = gl.allocate_shared_memory(gl.float32, [COUNT, LENGTH], gl.NVMMASharedLayout(0, 32, 1))
-    ready = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(ready.index(i), 1)
-    return Vectors(data, ready)
+    if cu is None:
+        return Landing(data, tiles_beside.filled)
+    else:
+        return Landing(data, barriers(COUNT, 1))
 
 
 @gluon.jit

@@ -25,6 +25,7 @@ from .backward_pipeline import (
     filled,
     freed,
     outer,
+    resident_tiles,
     scored,
     store_gradient,
     tile_ring,
@@ -176,8 +177,8 @@ def backward_queries(
     inputs = BackwardInputs(q, k, v, do, None)
     gradient = Gradient(dq, outputs.q)
     stats = outputs.stats
-    query_tiles = tile_ring(1, 1, 64, SHAPE.WIDTH_D, GROUPS * SHAPE.CHUNKS_D, DTYPE)
-    do_tiles = tile_ring(1, 1, 64, SHAPE.WIDTH_V, GROUPS * SHAPE.CHUNKS_V, DTYPE)
+    query_tiles = resident_tiles(GROUPS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
+    do_tiles = resident_tiles(GROUPS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
     key_tiles = tile_ring(SHAPE.STAGES, GROUPS, SHAPE.BLOCK, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
     value_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, SHAPE.BLOCK, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     rings = QueryTiles(query_tiles, do_tiles, key_tiles, value_tiles)

@@ -32,6 +32,8 @@ from .pipeline import (
     Inputs,
     Ring,
     Rule,
+    barriers,
+    forget,
     free_task,
     get_task,
     landed,
@@ -507,12 +509,11 @@ def attention_forward(
     q_filled, q_free = ring_barriers(SHAPE.Q_STAGES, GROUPS)
     k_filled, k_free = ring_barriers(SHAPE.STAGES, GROUPS)
     v_filled, v_free = ring_barriers(SHAPE.STAGES, GROUPS)
-    ask = gl.allocate_shared_memory(gl.int64, [TASKS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(TASKS):
-        mbarrier.init(ask.index(i), 1)
+    ask = barriers(TASKS, 1)
+    tasks = task_ring(GROUPS + 1)
     buffers = Buffers(
-        task_ring(GROUPS + 1), Ring(q_data, q_filled, q_free), Ring(k_data, k_filled, k_free),
-        Ring(v_data, v_filled, v_free), out_data, ask,
+        tasks, Ring(q_data, q_filled, q_free), Ring(k_data, k_filled, k_free), Ring(v_data, v_filled, v_free),
+        out_data, ask,
     )  # fmt: skip
     fence_async_shared()
     inputs = Inputs(q, k, v, out, plain)
@@ -546,6 +547,16 @@ def attention_forward(
         )
 
     if flags is not None:
+        # Repairing uses shared memory of its own.
+        forget(tasks.filled, TASKS)
+        forget(tasks.free, TASKS)
+        forget(q_filled, SHAPE.Q_STAGES)
+        forget(q_free, SHAPE.Q_STAGES)
+        forget(k_filled, SHAPE.STAGES)
+        forget(k_free, SHAPE.STAGES)
+        forget(v_filled, SHAPE.STAGES)
+        forget(v_free, SHAPE.STAGES)
+        forget(ask, TASKS)
         _repair(inputs, rule, count, SHAPE, STEPS)
 
 

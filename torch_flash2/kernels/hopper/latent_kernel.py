@@ -26,7 +26,7 @@ from ..device import bands, scores, tiles
 from ..triton import splitting
 from . import compat
 from .lanes import rescale
-from .pipeline import landed, matrix, operand, zeros
+from .pipeline import barriers, landed, matrix, operand, zeros
 
 # Query rows and keys of a tile; columns of a chunk; chunks of the value, and how many of them a warpgroup has.
 ROWS = gl.constexpr(64)
@@ -145,15 +145,6 @@ def _scale_all(acc, factor, SHAPE: gl.constexpr):
     for c in gl.static_range(CHUNKS_V):
         scaled = scaled + (rescale(acc[c], rows)[0],)
     return scaled
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    """Barriers [COUNT, 1], each with one arrival a phase."""
-    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(found.index(i), 1)
-    return found
 
 
 @gluon.jit
@@ -527,11 +518,11 @@ def attention_latent(
             gl.allocate_shared_memory(DTYPE, [STAGES * CHUNKS, KEYS, WIDTH], matrix(WIDTH, 2)),
             gl.allocate_shared_memory(DTYPE, [ROWS, KEYS], matrix(KEYS, 2)),
             gl.allocate_shared_memory(gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])),
-            _barriers(1),
-            _barriers(STAGES * PARTS),
-            _barriers(STAGES * PARTS),
-            _barriers(1),
-            _barriers(1),
+            barriers(1, 1),
+            barriers(STAGES * PARTS, 1),
+            barriers(STAGES * PARTS, 1),
+            barriers(1, 1),
+            barriers(1, 1),
         )
         fence_async_shared()
         gl.warp_specialize(

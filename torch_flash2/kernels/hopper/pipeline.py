@@ -122,14 +122,30 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each of which waits for ARRIVALS partitions.
+
+    Every one must be used. Triton gives the memory of one that is not to a tile, and where the GPU goes over to another
+    process in the middle of the kernel and comes back, the barrier's 8 bytes are in that tile (H200, driver 580,
+    2026-11-21: NaN in gradients, and illegal accesses).
+    """
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), ARRIVALS)
+    return made
+
+
+@gluon.jit
+def forget(made, COUNT: gl.constexpr):
+    """End barriers, before memory is used for something else."""
+    for i in gl.static_range(COUNT):
+        mbarrier.invalidate(made.index(i))
+
+
+@gluon.jit
 def ring_barriers(COUNT: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
     """The two barriers of each of COUNT buffers, which WRITERS partitions fill and READERS partitions read."""
-    filled = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(filled.index(i), WRITERS)
-        mbarrier.init(free.index(i), READERS)
-    return filled, free
+    return barriers(COUNT, WRITERS), barriers(COUNT, READERS)
 
 
 @gluon.jit
