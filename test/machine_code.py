@@ -1,6 +1,6 @@
 """What compiled Hopper kernels are read for: barriers that nothing uses, and registers that nothing has set.
 
-Both were found on an H200 with ptxas 12.9 of Triton 3.6, 2026-11-21, by results that were wrong there and right in
+Both were found on an H200 with ptxas 12.8 of Triton 3.6, 2026-11-21, by results that were wrong there and right in
 every other way of looking at them.
 """
 

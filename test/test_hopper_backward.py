@@ -100,38 +100,31 @@ def test_numbers_compile_nothing_anew() -> None:
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_atomics_run_where_they_are_forced(head_dim: int) -> None:
+@pytest.mark.parametrize(("head_dim", "fused"), [(64, True), (96, True), (128, True), (192, False), (256, False)])
+def test_atomics_run_where_deterministic_algorithms_are_off(head_dim: int, fused: bool) -> None:
     posed, _ = compile_all.posed(Case("x", 1, 2, 2, 4096, 4096, head_dim, head_dim, "bf16"), "backward", "sm90")
     same_bits = dataclasses.replace(posed, deterministic=True)
     atomics = dispatch.encode_force("hopper", {"atomics": True})
-    assert not dispatch.select(posed, "hopper").config.atomics
-    assert dispatch.select(posed, atomics).config.atomics
+    assert dispatch.select(posed, "hopper").config.atomics == fused
+    assert not dispatch.select(same_bits, "hopper").config.atomics
     with pytest.raises(dispatch.UnsupportedError, match="atomics add in an order that varies"):
         dispatch.select(same_bits, atomics)
 
 
-def test_wide_heads_forbid_atomics() -> None:
-    posed, _ = compile_all.posed(Case("x", 1, 2, 2, 4096, 4096, 256, 256, "bf16"), "backward", "sm90")
-    with pytest.raises(dispatch.UnsupportedError, match="no kernel with atomics for head dims above 128"):
-        dispatch.select(posed, dispatch.encode_force("hopper", {"atomics": True}))
-
-
-def test_padding_between_documents_forbids_atomics() -> None:
-    case = next(case for case in MORE if case.lengths == "packed_used")
+@pytest.mark.parametrize(("head_dim", "softcap", "fused"), [(64, None, True), (64, 30.0, True), (128, None, False)])
+def test_few_keys_do_not_pay_for_sums(head_dim: int, softcap: float | None, fused: bool) -> None:
+    case = Case("x", 16, 2, 2, 1024, 1024, head_dim, head_dim, "bf16", "causal", softcap=softcap)
     posed, _ = compile_all.posed(case, "backward", "sm90")
-    assert not dispatch.select(posed, "hopper").config.atomics
-    with pytest.raises(dispatch.UnsupportedError, match="padding between packed documents reached dK"):
-        dispatch.select(posed, dispatch.encode_force("hopper", {"atomics": True}))
+    assert dispatch.select(posed, "hopper").config.atomics == fused
+    long = dataclasses.replace(posed, seqlen_q=4096, seqlen_k=4096)
+    assert dispatch.select(long, "hopper").config.atomics
+    scored = dataclasses.replace(long, steps=("softcap",))
+    assert dispatch.select(scored, "hopper").config.atomics == (head_dim == 64)
 
 
 @pytest.fixture(params=[False, True], ids=["pair", "atomics"])
 def force(request: pytest.FixtureRequest) -> Any:
     """The Hopper kernels, with or without atomics: whether with them."""
-    case = request.node.callspec.params.get("case")
-    wide = request.node.callspec.params.get("head_dim", 0) if case is None else max(case.head_dim, case.head_dim_v)
-    if request.param and wide > 128:
-        pytest.skip("atomics are for head dims up to 128")
     with torch_flash2.force("hopper", {"atomics": request.param}):
         yield request.param
 

@@ -1,8 +1,8 @@
 """The functions of flash-attn 2.8, with its signatures.
 
 What differs: fp32 and fp64 inputs, head dims up to 512, softcap together with dropout and any page size are accepted;
-softmax_lse is differentiable, and -inf, not +inf, for a row that sees no key; every result is deterministic, asked for
-or not. A broken rule is a ValueError or TypeError rather than a RuntimeError.
+softmax_lse is differentiable, and -inf, not +inf, for a row that sees no key; every result but dQ on Hopper is
+deterministic, asked for or not. A broken rule is a ValueError or TypeError rather than a RuntimeError.
 
 B batch entries or packed documents, H query heads, G key/value heads, M query rows, N keys, D head dim of query and
 key, Dv head dim of value.
