@@ -79,9 +79,9 @@ class Outcome(NamedTuple):
 def matrix() -> Iterator[Job]:
     """Every job."""
     portable = [mix for mix in MIXES if mix not in HOPPER_MIXES or mix in ("plain", "scores")]
-    yield from map(Job._make, itertools.product(ARCHS, DTYPES, BUCKETS, portable, DIRECTIONS))
+    yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, portable, DIRECTIONS))
     jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, KERNELS[1:])
-    for job in map(Job._make, jobs):
+    for job in itertools.starmap(Job, jobs):
         if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= 128):
             yield job
 
