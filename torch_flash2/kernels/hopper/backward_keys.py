@@ -238,6 +238,12 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
     n = task.n0 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
     again = gl.minimum(m0, 0)
+    if SHAPE.AHEAD and not MASKED:
+        # Another 0 for this body: where both compute equal addresses, ptxas 12.8 leaves out some of the second's, here
+        # with Triton 3.7 (test/machine_code.py). Elsewhere it would cost registers.
+        again = gl.minimum(i, 0)
+        slot += again
+        slot_v += again
     if SHAPE.AHEAD:
         s = following
     else:
