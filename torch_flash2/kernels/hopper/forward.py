@@ -35,6 +35,7 @@ class Config(NamedTuple):
     TURNS: bool
     LATE: bool
     APART: bool
+    EIGHTHS: int
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -109,6 +110,7 @@ def shape(problem: Problem, config: Config) -> Shape:
         config.TURNS,
         config.LATE,
         config.APART,
+        config.EIGHTHS,
     )
 
 

@@ -103,7 +103,7 @@ def _row_maxima(s, scale2):
 
 
 @gluon.jit
-def _softmax(s, base, sums, scale2):
+def _softmax(s, base, sums, scale2, SHAPE: gl.constexpr):
     """P of a tile of scores; the rows' bases (log2 units), their sums, and the factors of what came before, each
     [64, 4].
 
@@ -112,7 +112,7 @@ def _softmax(s, base, sums, scale2):
     N: gl.constexpr = s.shape[1]
     L: gl.constexpr = s.type.layout
     factor = gl.full([64, N], 0.0, gl.float32, L) + scale2
-    p, tile_sums, bases = lanes.softmax(s, _spread(base, s), factor)
+    p, tile_sums, bases = lanes.softmax(s, _spread(base, s), factor, SHAPE.EIGHTHS)
     new_base = _most(bases)
     decay = gl.exp2(base - new_base)
     return p, new_base, sums * decay + _most(tile_sums), decay
@@ -356,7 +356,7 @@ def _plain_turns(
         used += 1
         n0 -= SHAPE.BLOCK_N
         s = _scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
-        p, base, sums, decay = _softmax(s, base, sums, scale2)
+        p, base, sums, decay = _softmax(s, base, sums, scale2, SHAPE)
         # As in `_consume`: this wait ends the basic block.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -402,7 +402,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     base = _row_maxima(s, scale2)
     L: gl.constexpr = base.type.layout
     sums = gl.full([64, 4], 0.0, gl.float32, L)
-    p, base, sums, decay = _softmax(s, base, sums, scale2)
+    p, base, sums, decay = _softmax(s, base, sums, scale2, SHAPE)
     p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
     acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     weight = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, ACC))
@@ -463,7 +463,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if left == 0:
             mbarrier.arrive(buffers.q.free.index(slot))
         used += 1
-        p, base, sums, decay = _softmax(s, base, sums, scale2)
+        p, base, sums, decay = _softmax(s, base, sums, scale2, SHAPE)
         # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)

@@ -25,7 +25,8 @@ class Shape(NamedTuple):
     """Compile-time numbers: consumer warpgroups of 64 rows, keys of a tile, buffers of keys and of values, buffers of
     queries; the columns of a tile and how many tiles side by side make D and Dv; whether the bands bound keys on the
     left, and whether they show no key after a row's own position; alignment; whether warpgroups take turns, whether P
-    waits in fp32 until the next product is issued, and whether tiles without a mask have a loop of their own."""
+    waits in fp32 until the next product is issued, and whether tiles without a mask have a loop of their own; of every
+    eight weights, how many come from a polynomial."""
 
     GROUPS: int
     BLOCK_N: int
@@ -41,6 +42,7 @@ class Shape(NamedTuple):
     TURNS: bool
     LATE: bool
     APART: bool
+    EIGHTHS: int
 
 
 class Inputs(NamedTuple):
