@@ -129,8 +129,8 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
     # Depth of Q K^T in steps of 16, and of P V for each tile of columns.
     columns = -(-width[0] // config.WIDTH_D) * config.WIDTH_D
     products = columns // 16 + -(-width[1] // config.WIDTH_V) * config.BLOCK_N // 16
-    # A thread has 64 * BLOCK_N / 128 scores, of two rows.
-    loops = usual_turns(kernel, products, config.BLOCK_N // 2 + 2)
+    # A thread has 64 * BLOCK_N / 128 scores, of two rows; of every eight some take polynomials instead.
+    loops = usual_turns(kernel, products, config.BLOCK_N // 16 * (8 - config.EIGHTHS) + 2)
     assert len(loops) == config.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"
     for loop in loops:
         assert count(loop, "STL") <= FEW and count(loop, "LDL") <= FEW, "registers spill in the main loop"
@@ -145,7 +145,8 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
 def kernel_config(width: tuple[int, int], feature: str, seqlen: int) -> Any:
     from torch_flash2.kernels.hopper import forward
 
-    case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", mask=FEATURES[feature].get("mask", "full"))
+    changes = {name: FEATURES[feature][name] for name in ("mask", "softcap") if name in FEATURES[feature]}
+    case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
     return forward.config(compile_all.posed(case, "forward", "sm90")[0])
 
 
@@ -180,7 +181,8 @@ def test_configs_are_candidates() -> None:
 
     for row in calls.table("configs.json"):
         N, mask = max(row["seqlen_k"], 128), "causal" if row["masked"] else "full"
-        case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask)
+        softcap = 30.0 if row["softcap"] else None
+        case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask, softcap=softcap)
         posed, _ = compile_all.posed(case, "forward", "sm90")
         found = list(forward.candidates(posed))
         assert forward.Config(**row["config"]) in found

@@ -20,6 +20,7 @@ from ..triton import launching, recording
 from . import calls
 from .calls import descriptor, hides, swizzle
 from .forward_kernel import attention_forward
+from .generate import EIGHTHS
 from .pipeline import COUNTERS, Plain, Shape
 
 
@@ -52,14 +53,17 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 
 def config(problem: Problem) -> Config:
-    """The row of configs.json for the next head dims, with or without a mask, for the most keys that the call has."""
+    """The row of configs.json for the next head dims, with or without a mask, with or without a softcap, for the most
+    keys that the call has."""
     masked = bool(problem.mask.bands or problem.lengths)
+    softcap = "softcap" in problem.steps
     fitting = [
         row
         for row in calls.table("configs.json")
         if problem.head_dim <= row["head_dim"]
         and problem.head_dim_v <= row["head_dim_v"]
         and row["masked"] in (None, masked)
+        and row["softcap"] in (None, softcap)
         and row["seqlen_k"] <= problem.seqlen_k
     ]
     narrowest = min((row["head_dim"], row["head_dim_v"]) for row in fitting)
@@ -70,11 +74,14 @@ def config(problem: Problem) -> Config:
 def candidates(problem: Problem) -> Iterator[Config]:
     """Configurations worth measuring: those whose buffers fit and whose accumulators leave room for the scores."""
     base = config(problem)
-    for groups, block_n, stages, q_stages, turns, late, apart in itertools.product(
-        (2, 3), (64, 128), (2, 3, 4), (1, 2), (False, True), (False, True), (False, True)
+    # Polynomials pay where exponentials are the limit.
+    many = problem.head_dim <= 64 or (problem.head_dim <= 128 and "softcap" in problem.steps)
+    for groups, block_n, stages, q_stages, turns, late, apart, eighths in itertools.product(
+        (2, 3), (64, 128), (2, 3, 4), (1, 2), (False, True), (False, True), (False, True), EIGHTHS if many else (0,)
     ):
         found = base._replace(
-            GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late, APART=apart
+            GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late, APART=apart,
+            EIGHTHS=eighths,
         )  # fmt: skip
         columns = triton.cdiv(problem.head_dim_v, base.WIDTH_V) * base.WIDTH_V
         # Registers of a thread: fp32 scores, their weights and accumulators, of half a row each.
