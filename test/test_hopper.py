@@ -204,6 +204,8 @@ CASES = [
     Case("odd-dims", 4, 8, 4, 500, 300, 72, 40, "fp16", "window(100, 20) @ bottom-right"),
     Case("scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2),
     Case("alibi", 4, 8, 2, 500, 700, 128, 128, "bf16", "causal @ bottom-right", sinks=True, alibi=1),
+    Case("softcap", 4, 8, 2, 500, 700, 128, 128, "fp16", "causal @ bottom-right", softcap=10.0),
+    Case("softcap-full", 2, 4, 4, 300, 500, 128, 128, "bf16", softcap=30.0, sinks=True),
     Case("alibi-window", 4, 4, 4, 700, 700, 64, 64, "fp16", "window(200, 100)", alibi=2),
     Case("one-tile", 8, 32, 8, 300, 100, 128, 128, "fp16"),
     Case("d72", 3, 3, 3, 1000, 777, 72, 72, "fp16"),
@@ -230,11 +232,11 @@ def test_against_math(case: Case) -> None:
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("mask", ["causal", "window(100, 50)"])
-def test_nothing_leaks_from_behind_a_mask(mask: str) -> None:
+@pytest.mark.parametrize(("mask", "dim"), [("causal", 64), ("causal", 128), ("window(100, 50)", 128)])
+def test_nothing_leaks_from_behind_a_mask(mask: str, dim: int) -> None:
     """NaN and infinite keys and values reach the rows that see them and no others."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 4, n, 128, device="cuda", dtype=torch.bfloat16) for n in (500, 600, 600))
+    q, k, v = (torch.randn(2, 4, n, dim, device="cuda", dtype=torch.bfloat16) for n in (500, 600, 600))
     with torch_flash2.force("hopper"):
         clean = torch_flash2.attention(q, k, v, mask)
         v[:, :, 200] = float("nan")
@@ -272,8 +274,48 @@ def test_rows_whose_scores_grow(dtype: torch.dtype, dim: int, mask: str) -> None
 
 @pytest.mark.gpu
 @hopper
-def test_two_launches_are_bit_equal() -> None:
-    q, k, v = (torch.randn(8, 16, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+@pytest.mark.parametrize("dim", [64, 128])
+def test_single_nan_keys_reach_the_rows_that_see_them(dim: int) -> None:
+    """Whichever way a key's weight is computed: one NaN, one infinity of a sign that only some rows make negative."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(8, 8, 300, dim, device="cuda", dtype=torch.float16) for _ in range(3))
+    place = torch.arange(8, device="cuda")
+    for value in (float("nan"), float("inf")):
+        bad = k.clone()
+        bad[place[:, None], place[None], 128 + 8 * place[:, None] + place[None], 3] = value
+        with torch_flash2.force("hopper"):
+            out = torch_flash2.attention(q, bad, v, softcap=30.0 if dim == 128 else None)
+        with torch_flash2.force("reference"):
+            expected = torch_flash2.attention(q, bad, v, softcap=30.0 if dim == 128 else None)
+        assert torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("softcap", [None, 1000.0])
+def test_weights_of_every_size(softcap: float | None) -> None:
+    """A row's lse is its weights' sum to fp32 accuracy, whatever the fraction of their logarithms."""
+    dim = 64 if softcap is None else 128
+    q, k, v = (torch.zeros(1, 1, n, dim, device="cuda", dtype=torch.float16) for n in (1024, 1100, 1100))
+    distance = torch.cat((torch.linspace(0, 3, 800), torch.linspace(3, 150, 224))).half().cuda()
+    q[0, 0, :, 0] = distance
+    k[0, 0, :-1, 0] = -1.0
+    with torch_flash2.force("hopper"):
+        _, lse = torch_flash2.attention(q, k, v, scale=1.0, softcap=softcap, return_lse=True)
+    far = distance.double()
+    if softcap is not None:
+        far = softcap * torch.tanh(far / softcap)
+    expected = torch.log1p(1099 * torch.exp(-far))
+    # The hardware's tanh has 11 bits.
+    bound = 5e-6 if softcap is None else far * 2.0**-10 + 5e-6
+    assert ((lse[0, 0] - expected).abs() <= bound).all()
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dim", [64, 128])
+def test_two_launches_are_bit_equal(dim: int) -> None:
+    q, k, v = (torch.randn(8, 16, 2048, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     with torch_flash2.force("hopper"):
         first = torch_flash2.attention(q, k, v, "causal", return_lse=True)
         for _ in range(20):
