@@ -24,6 +24,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal": dict(mask="causal"),
     "window": dict(mask="window(1000, 10) @ bottom-right", sinks=True),
     "scores": dict(mask="causal", softcap=30.0, alibi=1),
+    "alibi": dict(mask="causal", alibi=1),
+    "softcap": dict(softcap=30.0),
     "packed": dict(mask="causal @ bottom-right", lengths="packed_used", documents=(1.0, 0.5), layout="bshd"),
 }
 WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
@@ -119,7 +121,10 @@ def count(loop: list[str], name: str) -> int:
         ((64, 64), "causal", 512),
         ((128, 128), "full", 512),
         ((128, 128), "window", 4096),
+        ((64, 64), "scores", 4096),
         ((128, 128), "scores", 4096),
+        ((128, 128), "alibi", 8192),
+        ((128, 128), "softcap", 8192),
         ((128, 128), "packed", 4096),
     ],
 )  # fmt: skip
@@ -129,8 +134,8 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
     # Depth of Q K^T in steps of 16, and of P V for each tile of columns.
     columns = -(-width[0] // config.WIDTH_D) * config.WIDTH_D
     products = columns // 16 + -(-width[1] // config.WIDTH_V) * config.BLOCK_N // 16
-    # A thread has 64 * BLOCK_N / 128 scores, of two rows; of every eight some take polynomials instead.
-    loops = usual_turns(kernel, products, config.BLOCK_N // 16 * (8 - config.EIGHTHS) + 2)
+    # A thread has 64 * BLOCK_N / 128 scores, of two rows.
+    loops = usual_turns(kernel, products, config.BLOCK_N // 2 + 2)
     assert len(loops) == config.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"
     for loop in loops:
         assert count(loop, "STL") <= FEW and count(loop, "LDL") <= FEW, "registers spill in the main loop"
@@ -145,7 +150,7 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
 def kernel_config(width: tuple[int, int], feature: str, seqlen: int) -> Any:
     from torch_flash2.kernels.hopper import forward
 
-    changes = {name: FEATURES[feature][name] for name in ("mask", "softcap") if name in FEATURES[feature]}
+    changes = {name: FEATURES[feature][name] for name in ("mask", "softcap", "alibi") if name in FEATURES[feature]}
     case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
     return forward.config(compile_all.posed(case, "forward", "sm90")[0])
 
@@ -181,8 +186,8 @@ def test_configs_are_candidates() -> None:
 
     for row in calls.table("configs.json"):
         N, mask = max(row["seqlen_k"], 128), "causal" if row["masked"] else "full"
-        softcap = 30.0 if row["softcap"] else None
-        case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask, softcap=softcap)
+        changes: dict[str, Any] = dict(alibi=1) if row["step"] else {}
+        case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask, **changes)
         posed, _ = compile_all.posed(case, "forward", "sm90")
         found = list(forward.candidates(posed))
         assert forward.Config(**row["config"]) in found
@@ -205,7 +210,7 @@ CASES = [
     Case("scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2),
     Case("alibi", 4, 8, 2, 500, 700, 128, 128, "bf16", "causal @ bottom-right", sinks=True, alibi=1),
     Case("softcap", 4, 8, 2, 500, 700, 128, 128, "fp16", "causal @ bottom-right", softcap=10.0),
-    Case("softcap-full", 2, 4, 4, 300, 500, 128, 128, "bf16", softcap=30.0, sinks=True),
+    Case("softcap-full", 8, 8, 4, 300, 500, 128, 128, "bf16", softcap=30.0, sinks=True),
     Case("alibi-window", 4, 4, 4, 700, 700, 64, 64, "fp16", "window(200, 100)", alibi=2),
     Case("one-tile", 8, 32, 8, 300, 100, 128, 128, "fp16"),
     Case("d72", 3, 3, 3, 1000, 777, 72, 72, "fp16"),

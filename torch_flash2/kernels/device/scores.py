@@ -15,30 +15,6 @@ from . import tiles
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
-# 2**f = 1 + f * (C0 + f * (C1 + ...)) for f in -0.5 .. 0.5 with a relative error of 2.9e-6, a hundredth of fp16's
-# rounding; exact at 0.
-C0: tl.constexpr = tl.constexpr(0.69312419)
-C1: tl.constexpr = tl.constexpr(0.24024099)
-C2: tl.constexpr = tl.constexpr(0.055906433)
-C3: tl.constexpr = tl.constexpr(0.0095828564)
-# Adding it rounds to an integer, which then stands in the low bits.
-ROUNDER: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
-KEEP_NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)
-
-
-@triton.jit
-def exp2_by_fma(x, awaited):
-    """2**x in fp32 without the special function unit, after `awaited`, which does not change it while finite; exactly 0
-    for x <= -127. For x >= 127, and on a GPU for NaN, it is 2**127 or more and not right: callers find that."""
-    x = tl.minimum(tl.maximum(x, -127.0, propagate_nan=KEEP_NAN), 127.0, propagate_nan=KEEP_NAN)
-    rounder = tl.fma(awaited, 0.0, ROUNDER)
-    shifted = x + rounder
-    f = x - (shifted - rounder)
-    power = tl.fma(tl.fma(tl.fma(tl.fma(f, C3, C2), f, C1), f, C0), f, 1.0)
-    # The integer joins the exponent. NaN, 0x7fffffff from NVIDIA's units, becomes the largest finite number.
-    bits = power.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    return bits.to(tl.float32, bitcast=True)
-
 
 @triton.jit
 def tanh(x):

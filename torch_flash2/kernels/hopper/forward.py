@@ -20,7 +20,6 @@ from ..triton import launching, recording
 from . import calls
 from .calls import descriptor, hides, swizzle
 from .forward_kernel import attention_forward
-from .generate import EIGHTHS
 from .pipeline import COUNTERS, Plain, Shape
 
 
@@ -36,7 +35,6 @@ class Config(NamedTuple):
     TURNS: bool
     LATE: bool
     APART: bool
-    EIGHTHS: int
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -53,35 +51,31 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 
 def config(problem: Problem) -> Config:
-    """The row of configs.json for the next head dims, with or without a mask, with or without a softcap, for the most
-    keys that the call has."""
+    """The row of configs.json for the next head dims, with or without a mask, before all for a score step that the call
+    has, for the most keys that it has."""
     masked = bool(problem.mask.bands or problem.lengths)
-    softcap = "softcap" in problem.steps
     fitting = [
         row
         for row in calls.table("configs.json")
         if problem.head_dim <= row["head_dim"]
         and problem.head_dim_v <= row["head_dim_v"]
         and row["masked"] in (None, masked)
-        and row["softcap"] in (None, softcap)
+        and row["step"] in (None, *problem.steps)
         and row["seqlen_k"] <= problem.seqlen_k
     ]
     narrowest = min((row["head_dim"], row["head_dim_v"]) for row in fitting)
     rows = [row for row in fitting if (row["head_dim"], row["head_dim_v"]) == narrowest]
-    return Config(**max(rows, key=lambda row: row["seqlen_k"])["config"])
+    return Config(**max(rows, key=lambda row: (row["step"] is not None, row["seqlen_k"]))["config"])
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
     """Configurations worth measuring: those whose buffers fit and whose accumulators leave room for the scores."""
     base = config(problem)
-    # Polynomials pay where exponentials are the limit.
-    many = problem.head_dim <= 64 or (problem.head_dim <= 128 and "softcap" in problem.steps)
-    for groups, block_n, stages, q_stages, turns, late, apart, eighths in itertools.product(
-        (2, 3), (64, 128), (2, 3, 4), (1, 2), (False, True), (False, True), (False, True), EIGHTHS if many else (0,)
+    for groups, block_n, stages, q_stages, turns, late, apart in itertools.product(
+        (2, 3), (64, 128), (2, 3, 4), (1, 2), (False, True), (False, True), (False, True)
     ):
         found = base._replace(
-            GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late, APART=apart,
-            EIGHTHS=eighths,
+            GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late, APART=apart
         )  # fmt: skip
         columns = triton.cdiv(problem.head_dim_v, base.WIDTH_V) * base.WIDTH_V
         # Registers of a thread: fp32 scores, their weights and accumulators, of half a row each.
@@ -112,12 +106,11 @@ def shape(problem: Problem, config: Config) -> Shape:
         config.WIDTH_V,
         triton.cdiv(problem.head_dim_v, config.WIDTH_V),
         problem.mask.bounds_left,
-        any(isinstance(band, masks.Causal) for band in problem.mask.bands),
+        "alibi" in problem.steps and any(isinstance(band, masks.Causal) for band in problem.mask.bands),
         problem.mask.align == "bottom-right",
         config.TURNS,
         config.LATE,
         config.APART,
-        config.EIGHTHS,
     )
 
 

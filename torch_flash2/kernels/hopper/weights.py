@@ -1,55 +1,66 @@
 """What a thread does with its scores of a tile of keys: weights over the bases of its two rows.
 
 Called from lanes.py with all N scores [N] that a thread holds, in MMA order: those i with i & 2 are of its second row.
-The special function unit makes 16 exponentials a clock: where that is what a tile waits for, EIGHTHS of every eight
-weights come from a polynomial instead, as in FlashAttention-4.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..device import scores
 
 @gluon.jit
-def soften(s, first, second, scale2, EIGHTHS: gl.constexpr):
+def soften(s, first, second, scale2, slope, offsets):
     """Weights exp2(s * scale2 - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and `second`,
-    or the rows' maxima where a warp has a sum that is large."""
+    or the rows' maxima where a warp has a sum that is large.
+
+    Where there is a slope, scores have less offsets[i & 1] and slope more for each column past the first eight: a
+    thread's columns are two of every eight.
+    """
     COUNT: gl.constexpr = len(s)
-    p, sums = _weigh(s, first, second, scale2, EIGHTHS)
+    p, sums = _weigh(s, first, second, scale2, slope, offsets)
     if _exceeds(gl.maximum(sums[0], sums[1])) != 0:
-        a = gl.maximum(s[0], s[1])
-        b = gl.maximum(s[2], s[3])
-        for i in gl.static_range(1, COUNT // 4):
-            a = gl.maximum(a, gl.maximum(s[4 * i], s[4 * i + 1]))
-            b = gl.maximum(b, gl.maximum(s[4 * i + 2], s[4 * i + 3]))
-        first = gl.maximum(first, _quad_max(a) * scale2)
-        second = gl.maximum(second, _quad_max(b) * scale2)
-        p, sums = _weigh(s, first, second, scale2, 0)
+        if slope is None:
+            most = _maxima(s)
+            most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
+        else:
+            scaled = ()
+            for i in gl.static_range(COUNT):
+                scaled = scaled + (gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -offsets[i % 2])),)
+            most = _maxima(scaled)
+            most = (_quad_max(most[0]), _quad_max(most[1]))
+        first = gl.maximum(first, most[0])
+        second = gl.maximum(second, most[1])
+        p, sums = _weigh(s, first, second, scale2, slope, offsets)
     return p, sums, (first, second)
 
 
 @gluon.jit
-def _weigh(s, first, second, scale2, EIGHTHS: gl.constexpr):
+def _maxima(s):
+    """The largest of a thread's scores in each of its rows [2]."""
+    a = gl.maximum(s[0], s[1])
+    b = gl.maximum(s[2], s[3])
+    for i in gl.static_range(4, len(s), 4):
+        a = gl.maximum(a, gl.maximum(s[i], s[i + 1]))
+        b = gl.maximum(b, gl.maximum(s[i + 2], s[i + 3]))
+    return a, b
+
+
+@gluon.jit
+def _weigh(s, first, second, scale2, slope, offsets):
     """Weights [N] and their sums [2]."""
     COUNT: gl.constexpr = len(s)
+    if slope is None:
+        taken = (first, first, second, second)
+    else:
+        taken = (first + offsets[0], first + offsets[1], second + offsets[0], second + offsets[1])
     p = ()
-    sums = (0.0, 0.0, 0.0, 0.0)
-    last = sums
-    for g in gl.static_range(COUNT // 8):
-        # A polynomial waits for sums of the eights before the last: else ptxas puts all of them before the exponentials.
-        awaited = last
-        last = sums
-        for i in gl.static_range(8 * g, 8 * g + 8):
-            x = s[i] * scale2 - (first if i & 2 == 0 else second)
-            if i % 8 * EIGHTHS % 8 + EIGHTHS >= 8:
-                p = p + (scores.exp2_by_fma(x, gl.to_tensor(awaited[i % 8 // 4 * 2])),)
-            else:
-                p = p + (gl.exp2(x),)
-        for i in gl.static_range(8 * g, 8 * g + 8, 4):
-            if i == 0:
-                sums = (p[0], p[1], p[2], p[3])
-            else:
-                sums = (sums[0] + p[i], sums[1] + p[i + 1], sums[2] + p[i + 2], sums[3] + p[i + 3])
+    for i in gl.static_range(COUNT):
+        if slope is None:
+            p = p + (gl.exp2(s[i] * scale2 - taken[i % 4]),)
+        else:
+            p = p + (gl.exp2(gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -taken[i % 4]))),)
+    sums = (p[0], p[1], p[2], p[3])
+    for i in gl.static_range(1, COUNT // 4):
+        sums = (sums[0] + p[4 * i], sums[1] + p[4 * i + 1], sums[2] + p[4 * i + 2], sums[3] + p[4 * i + 3])
     return p, (sums[0] + sums[1], sums[2] + sums[3])
 
 
