@@ -21,8 +21,16 @@ and the offsets o; results of which there are fewer than N stand there repeatedl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .weights import soften
+from .weights import soften, soften_in_place
 '''
+
+# Name, letters of the arguments, what is called, what it is.
+SOFTMAXES = (
+    ("softmax", "sbk", "soften(s, b0, b2, k0, None, None)", "weights.soften for a tile: weights, sums and bases."),
+    ("softmax_in_place", "sbk", "soften_in_place(s, b0, b2, k0)", "The same by weights.soften_in_place."),
+    ("softmax_tilted", "sbkto", "soften(s, b0, b2, k0, t0, (o0, o1))",
+     "softmax of scores that fall by t with the distance of their keys, from o on."),
+)  # fmt: skip
 
 
 def _wrapped(names: Iterable[str], indent: str) -> str:
@@ -52,24 +60,22 @@ def rescale{count}(
 """
 
 
-def _softmax(count: int, tilted: bool) -> str:
-    letters = "sbkto" if tilted else "sbk"
+def _softmax(name: str, letters: str, call: str, count: int) -> str:
     arguments = [f"{letter}{i}" for letter in letters for i in range(count)]
     results = [
         *(f"p[{i}]" for i in range(count)), *(f"t[{i // 2 & 1}]" for i in range(count)),
         *(f"b[{i // 2 & 1}]" for i in range(count)),
     ]  # fmt: skip
-    tilt = "t0, (o0, o1)" if tilted else "None, None"
     return f"""
 
 @gluon.jit
-def softmax{"_tilted" * tilted}{count}(
+def {name}{count}(
 {_wrapped(arguments, "    ")},
 ):  # fmt: skip
     s = (
 {_wrapped(arguments[:count], "        ")},
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, {tilt})
+    p, t, b = {call}
     return (
 {_wrapped(results, "        ")},
     )  # fmt: skip
@@ -88,13 +94,13 @@ def _chosen(name: str, arguments: str, text: str) -> str:
 
 def source() -> str:
     """The text of lanes.py."""
-    choices = itertools.product(COUNTS, (False, True))
-    parts = [*map(_rescale, COUNTS), *(_softmax(*choice) for choice in choices)]
+    parts = [HEAD, *map(_rescale, COUNTS)]
+    for (name, letters, call, _), count in itertools.product(SOFTMAXES, COUNTS):
+        parts.append(_softmax(name, letters, call, count))
     parts.append(_chosen("rescale", "x, a", "(x times a,), skipped by threads whose factors are 1."))
-    parts.append(_chosen("softmax", "s, b, k", "weights.soften for a tile: weights, sums and bases."))
-    text = "The same of scores that fall by t with the distance of their keys, from o on."
-    parts.append(_chosen("softmax_tilted", "s, b, k, t, o", text))
-    return HEAD + "".join(parts)
+    for name, letters, _, text in SOFTMAXES:
+        parts.append(_chosen(name, ", ".join(letters), text))
+    return "".join(parts)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def softmax(s, n0, place, steps, base, sums, rule, SHAPE: gl.constexpr, STEPS: g
         slope = _slope(steps, rule, STEPS)
         offsets = _offsets(s, n0, place, slope, SHAPE)
         p, tile_sums, bases = lanes.softmax_tilted(s, bases, factor, zero + slope, offsets)
+    elif SHAPE.GROUPS == 3:
+        p, tile_sums, bases = lanes.softmax_in_place(s, bases, factor)
     else:
         p, tile_sums, bases = lanes.softmax(s, bases, factor)
     new_base = _most(bases)

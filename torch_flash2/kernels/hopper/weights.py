@@ -17,7 +17,7 @@ def soften(s, first, second, scale2, slope, offsets):
     """
     COUNT: gl.constexpr = len(s)
     p, sums = _weigh(s, first, second, scale2, slope, offsets)
-    if _exceeds(gl.maximum(sums[0], sums[1])) != 0:
+    if _exceeds(gl.maximum(sums[0], sums[1]), 4096.0) != 0:
         if slope is None:
             most = _maxima(s)
             most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
@@ -30,6 +30,18 @@ def soften(s, first, second, scale2, slope, offsets):
         first = gl.maximum(first, most[0])
         second = gl.maximum(second, most[1])
         p, sums = _weigh(s, first, second, scale2, slope, offsets)
+    return p, sums, (first, second)
+
+
+@gluon.jit
+def soften_in_place(s, first, second, scale2):
+    """The same from the rows' maxima, which move bases where a weight would be over 256. The scores need no registers
+    beside the weights then: three warpgroups have none for both."""
+    most = _maxima(s)
+    if _exceeds(gl.maximum(most[0] * scale2 - first, most[1] * scale2 - second), 8.0) != 0:
+        first = gl.maximum(first, _quad_max(most[0]) * scale2)
+        second = gl.maximum(second, _quad_max(most[1]) * scale2)
+    p, sums = _weigh(s, first, second, scale2, None, None)
     return p, sums, (first, second)
 
 
@@ -66,11 +78,11 @@ def _weigh(s, first, second, scale2, slope, offsets):
 
 # Triton takes only "pure" code inside map_elementwise; what depends on it keeps it in its place.
 @gluon.jit
-def _exceeds(x):
-    """1 in all threads of a warp if x > 4096 in one of them, else 0."""
+def _exceeds(x, limit):
+    """1 in all threads of a warp if x > limit in one of them, else 0."""
     return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.f32 p, $1, 0f45800000; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
-        "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1,
+        "{ .reg .pred p; setp.gt.f32 p, $1, $2; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
+        "=r,f,f", [x, gl.to_tensor(limit)], dtype=gl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
