@@ -23,6 +23,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal": dict(mask="causal"),
     "window": dict(mask="window(1000, 10) @ bottom-right", sinks=True),
     "scores": dict(mask="causal", softcap=30.0, alibi=1),
+    "alibi": dict(mask="causal", alibi=1),
+    "softcap": dict(softcap=30.0),
     "packed": dict(mask="causal @ bottom-right", lengths="packed_used", documents=(1.0, 0.5), layout="bshd"),
 }
 WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
@@ -110,11 +112,15 @@ def count(loop: list[str], name: str) -> int:
     [
         *((width, "causal", 4096) for width in WIDTHS),
         ((64, 64), "full", 4096),
+        ((64, 64), "full", 65536),
         ((256, 256), "full", 4096),
         ((64, 64), "causal", 512),
         ((128, 128), "full", 512),
         ((128, 128), "window", 4096),
+        ((64, 64), "scores", 4096),
         ((128, 128), "scores", 4096),
+        ((128, 128), "alibi", 8192),
+        ((128, 128), "softcap", 8192),
         ((128, 128), "packed", 4096),
     ],
 )  # fmt: skip
@@ -137,11 +143,16 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
         )
 
 
-def kernel_config(width: tuple[int, int], feature: str, seqlen: int) -> Any:
+def forward_config(case: Case) -> Any:
     from torch_flash2.kernels.hopper import forward
 
-    case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", mask=FEATURES[feature].get("mask", "full"))
     return forward.config(compile_all.posed(case, "forward", "sm90")[0])
+
+
+def kernel_config(width: tuple[int, int], feature: str, seqlen: int) -> Any:
+    changes = {name: FEATURES[feature][name] for name in ("mask", "softcap", "alibi") if name in FEATURES[feature]}
+    case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
+    return forward_config(case)
 
 
 @pytest.mark.compile
@@ -175,7 +186,8 @@ def test_configs_are_candidates() -> None:
 
     for row in calls.table("configs.json"):
         N, mask = max(row["seqlen_k"], 128), "causal" if row["masked"] else "full"
-        case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask)
+        changes: dict[str, Any] = dict(alibi=1) if row["step"] else {}
+        case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask, **changes)
         posed, _ = compile_all.posed(case, "forward", "sm90")
         found = list(forward.candidates(posed))
         assert forward.Config(**row["config"]) in found
@@ -197,6 +209,8 @@ CASES = [
     Case("odd-dims", 4, 8, 4, 500, 300, 72, 40, "fp16", "window(100, 20) @ bottom-right"),
     Case("scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2),
     Case("alibi", 4, 8, 2, 500, 700, 128, 128, "bf16", "causal @ bottom-right", sinks=True, alibi=1),
+    Case("softcap", 4, 8, 2, 500, 700, 128, 128, "fp16", "causal @ bottom-right", softcap=10.0),
+    Case("softcap-full", 8, 8, 4, 300, 500, 128, 128, "bf16", softcap=30.0, sinks=True),
     Case("alibi-window", 4, 4, 4, 700, 700, 64, 64, "fp16", "window(200, 100)", alibi=2),
     Case("one-tile", 8, 32, 8, 300, 100, 128, 128, "fp16"),
     Case("d72", 3, 3, 3, 1000, 777, 72, 72, "fp16"),
@@ -221,13 +235,34 @@ def test_against_math(case: Case) -> None:
     testing.check(case, device="cuda")
 
 
+# Three warpgroups take a tile's maxima before its weights; the table has them for many long rows alone.
+THREE = {"GROUPS": 3, "LATE": False, "APART": True}
+
+
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("mask", ["causal", "window(100, 50)"])
-def test_nothing_leaks_from_behind_a_mask(mask: str) -> None:
+@pytest.mark.parametrize("name", ["d64", "d64-long", "scores", "alibi-window", "sharp", "sharp-fp16"])
+def test_three_warpgroups(name: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    with torch_flash2.force("hopper", THREE):
+        testing.check(case, device="cuda")
+
+
+def test_three_warpgroups_need_many_rows() -> None:
+    chosen = [
+        forward_config(Case("x", batch, heads, 1, M, N, 64, 64, "bf16")).GROUPS
+        for batch, heads, M, N in ((32, 32, 1024, 8192), (4, 32, 4096, 1024), (1, 4, 4096, 4096), (4, 32, 4096, 4096))
+    ]
+    assert chosen == [2, 2, 2, 3]
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize(("mask", "dim"), [("causal", 64), ("causal", 128), ("window(100, 50)", 128)])
+def test_nothing_leaks_from_behind_a_mask(mask: str, dim: int) -> None:
     """NaN and infinite keys and values reach the rows that see them and no others."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 4, n, 128, device="cuda", dtype=torch.bfloat16) for n in (500, 600, 600))
+    q, k, v = (torch.randn(2, 4, n, dim, device="cuda", dtype=torch.bfloat16) for n in (500, 600, 600))
     with torch_flash2.force("hopper"):
         clean = torch_flash2.attention(q, k, v, mask)
         v[:, :, 200] = float("nan")
@@ -245,15 +280,18 @@ def test_nothing_leaks_from_behind_a_mask(mask: str) -> None:
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("mask", ["full", "causal"])
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 256)])
-def test_rows_whose_scores_grow(dtype: torch.dtype, dim: int, mask: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "dim", "config"),
+    [(torch.bfloat16, 64, {}), (torch.float16, 64, THREE), (torch.bfloat16, 128, {}), (torch.float16, 256, {})],
+)
+def test_rows_whose_scores_grow(dtype: torch.dtype, dim: int, config: dict[str, Any], mask: str) -> None:
     """Along the keys, slowly or by far more than an exponential holds; and scores far below 0."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 8, 1100, dim, device="cuda", dtype=dtype) for _ in range(3))
     q[..., 0] = dim**0.5
     for step in (0.005, 0.05, 0.5, -0.05):
         k[..., 0] = step * torch.arange(-1000, 100, device="cuda")
-        with torch_flash2.force("hopper"):
+        with torch_flash2.force("hopper", config):
             out, lse = torch_flash2.attention(q, k, v, mask, return_lse=True)
         with torch_flash2.force("reference"):
             expected, expected_lse = torch_flash2.attention(q.double(), k.double(), v.double(), mask, return_lse=True)
@@ -265,10 +303,50 @@ def test_rows_whose_scores_grow(dtype: torch.dtype, dim: int, mask: str) -> None
 
 @pytest.mark.gpu
 @hopper
-def test_two_launches_are_bit_equal() -> None:
-    q, k, v = (torch.randn(8, 16, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+@pytest.mark.parametrize(("dim", "config"), [(64, {}), (64, THREE), (128, {})])
+def test_single_nan_keys_reach_the_rows_that_see_them(dim: int, config: dict[str, Any]) -> None:
+    """One NaN, one infinity of a sign that only some rows make negative."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(8, 8, 300, dim, device="cuda", dtype=torch.float16) for _ in range(3))
+    place = torch.arange(8, device="cuda")
+    for value in (float("nan"), float("inf")):
+        bad = k.clone()
+        bad[place[:, None], place[None], 128 + 8 * place[:, None] + place[None], 3] = value
+        with torch_flash2.force("hopper", config):
+            out = torch_flash2.attention(q, bad, v, softcap=30.0 if dim == 128 else None)
+        with torch_flash2.force("reference"):
+            expected = torch_flash2.attention(q, bad, v, softcap=30.0 if dim == 128 else None)
+        assert torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("softcap", [None, 1000.0])
+def test_weights_of_every_size(softcap: float | None) -> None:
+    """A row's lse is its weights' sum to fp32 accuracy, whatever the fraction of their logarithms."""
+    dim = 64 if softcap is None else 128
+    q, k, v = (torch.zeros(1, 1, n, dim, device="cuda", dtype=torch.float16) for n in (1024, 1100, 1100))
+    distance = torch.cat((torch.linspace(0, 3, 800), torch.linspace(3, 150, 224))).half().cuda()
+    q[0, 0, :, 0] = distance
+    k[0, 0, :-1, 0] = -1.0
     with torch_flash2.force("hopper"):
-        first = torch_flash2.attention(q, k, v, "causal", return_lse=True)
+        _, lse = torch_flash2.attention(q, k, v, scale=1.0, softcap=softcap, return_lse=True)
+    far = distance.double()
+    if softcap is not None:
+        far = softcap * torch.tanh(far / softcap)
+    expected = torch.log1p(1099 * torch.exp(-far))
+    # The hardware's tanh has 11 bits.
+    bound = 5e-6 if softcap is None else far * 2.0**-10 + 5e-6
+    assert ((lse[0, 0] - expected).abs() <= bound).all()
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize(("dim", "mask"), [(64, "full"), (64, "causal"), (128, "causal")])
+def test_two_launches_are_bit_equal(dim: int, mask: str) -> None:
+    q, k, v = (torch.randn(4, 16, 4096, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    with torch_flash2.force("hopper"):
+        first = torch_flash2.attention(q, k, v, mask, return_lse=True)
         for _ in range(20):
-            again = torch_flash2.attention(q, k, v, "causal", return_lse=True)
+            again = torch_flash2.attention(q, k, v, mask, return_lse=True)
             assert all(map(torch.equal, first, again))

@@ -51,7 +51,9 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 
 def config(problem: Problem) -> Config:
-    """The row of configs.json for the next head dims, with or without a mask, for the most keys that the call has."""
+    """The row of configs.json for the next head dims, with or without a mask, before all for a score step that the call
+    has, for the most keys that it has. A row may ask for rows of the query, and for tiles of them for each
+    multiprocessor: large tiles do not pay where the last ones keep few of the GPU's busy."""
     masked = bool(problem.mask.bands or problem.lengths)
     fitting = [
         row
@@ -59,11 +61,20 @@ def config(problem: Problem) -> Config:
         if problem.head_dim <= row["head_dim"]
         and problem.head_dim_v <= row["head_dim_v"]
         and row["masked"] in (None, masked)
+        and row["step"] in (None, *problem.steps)
         and row["seqlen_k"] <= problem.seqlen_k
+        and row.get("seqlen_q", 0) <= problem.seqlen_q
+        and row.get("tiles", 0) <= _tiles_each(problem, row["config"]["GROUPS"])
     ]
     narrowest = min((row["head_dim"], row["head_dim_v"]) for row in fitting)
     rows = [row for row in fitting if (row["head_dim"], row["head_dim_v"]) == narrowest]
-    return Config(**max(rows, key=lambda row: row["seqlen_k"])["config"])
+    return Config(**max(rows, key=lambda row: (row["step"] is not None, row["seqlen_k"]))["config"])
+
+
+def _tiles_each(problem: Problem, groups: int) -> float:
+    """Tiles of query rows for each multiprocessor."""
+    tiles = problem.batch * problem.heads * triton.cdiv(problem.seqlen_q, 64 * groups)
+    return tiles / problem.hardware.multiprocessors
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
@@ -76,8 +87,9 @@ def candidates(problem: Problem) -> Iterator[Config]:
             GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late, APART=apart
         )  # fmt: skip
         columns = triton.cdiv(problem.head_dim_v, base.WIDTH_V) * base.WIDTH_V
-        # Registers of a thread: fp32 scores, their weights and accumulators, of half a row each.
-        registers = block_n + columns // 2
+        # Registers of a thread, of half a row each: fp32 scores and accumulators; weights, fp32 beside the scores or,
+        # in three warpgroups, the last tile's in 16 bits.
+        registers = block_n // 2 + columns // 2 + block_n // (4 if groups == 3 else 2)
         fits = shared_bytes(problem, found) <= problem.hardware.shared_memory
         # Three warpgroups have 160 registers a thread, two 240.
         if fits and registers <= (128 if groups == 3 else 208):
@@ -104,7 +116,7 @@ def shape(problem: Problem, config: Config) -> Shape:
         config.WIDTH_V,
         triton.cdiv(problem.head_dim_v, config.WIDTH_V),
         problem.mask.bounds_left,
-        any(isinstance(band, masks.Causal) for band in problem.mask.bands),
+        "alibi" in problem.steps and any(isinstance(band, masks.Causal) for band in problem.mask.bands),
         problem.mask.align == "bottom-right",
         config.TURNS,
         config.LATE,

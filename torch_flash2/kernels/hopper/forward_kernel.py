@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..bundles import Rows
-from ..device import bands, scores, tiles
+from ..device import scores, tiles
 from . import compat, lanes
 from .careful import attend_carefully, note_nan
 from .feeding import produce, schedule
@@ -49,10 +49,9 @@ from .pipeline import (
     tasks_of,
     zeros,
 )
+from .scoring import lead, masked, row_maxima, scores_of, shift, softmax, spread, steps_of
 
 FLAGS = gl.constexpr(COUNTERS)
-# The base of a row that has seen no key: below all scores, so that the first one makes it move.
-LOWEST = gl.constexpr(-(2.0**126))
 
 
 class State(NamedTuple):
@@ -64,58 +63,6 @@ class State(NamedTuple):
     base: Any
     sums: Any
     decay: Any
-
-
-@gluon.jit
-def _steps(task, rule, STEPS: gl.constexpr):
-    """What the score steps of a task need."""
-    segment = gl.minimum(task.b, rule.sizes.B - 1)
-    return scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
-
-
-@gluon.jit
-def _spread(x, tile):
-    """What threads hold for their rows [64, 4], as a tile like `tile`; this moves no data between threads."""
-    M: gl.constexpr = tile.shape[0]
-    N: gl.constexpr = tile.shape[1]
-    L: gl.constexpr = tile.type.layout
-    split = gl.reshape(tile, [M, N // 8, 4, 2])
-    ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, split.type.layout))
-    x = gl.convert_layout(x, ROWS, assert_trivial=True)
-    wide, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(x, 1), 3), split)
-    return gl.convert_layout(gl.reshape(wide, [M, N]), L, assert_trivial=True)
-
-
-@gluon.jit
-def _most(s):
-    """The largest score of each row that a thread holds [64, 4]."""
-    M: gl.constexpr = s.shape[0]
-    N: gl.constexpr = s.shape[1]
-    return gl.max(gl.max(gl.reshape(s, [M, N // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _row_maxima(s, scale2):
-    """The rows' maxima [64, 4] in log2 units."""
-    most = _most(s)
-    row_max, _ = gl.broadcast(gl.expand_dims(gl.maximum(gl.max(most, 1) * scale2, LOWEST), 1), most)
-    return row_max
-
-
-@gluon.jit
-def _softmax(s, base, sums, scale2):
-    """P of a tile of scores; the rows' bases (log2 units), their sums, and the factors of what came before, each
-    [64, 4].
-
-    A row's base stays while its weights are small enough: most tiles need no maximum.
-    """
-    N: gl.constexpr = s.shape[1]
-    L: gl.constexpr = s.type.layout
-    factor = gl.full([64, N], 0.0, gl.float32, L) + scale2
-    p, tile_sums, bases = lanes.softmax(s, _spread(base, s), factor)
-    new_base = _most(bases)
-    decay = gl.exp2(base - new_base)
-    return p, new_base, sums * decay + _most(tile_sums), decay
 
 
 @gluon.jit
@@ -151,83 +98,6 @@ def _weight_value(p, buffers, stage, acc, use_acc, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _columns(N: gl.constexpr, L: gl.constexpr):
-    """The columns of a tile [rows, N] seen as [rows, N / 8, 8]: multiples of 8, constants to a thread, and the rest."""
-    eights = gl.arange(0, N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, L))) * 8
-    ones = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
-    return eights[None, :, None], ones[None, None, :]
-
-
-@gluon.jit
-def _shift(task, SHAPE: gl.constexpr):
-    """Where a segment's row 0 stands among its keys."""
-    return task.used_k - task.used_q if SHAPE.BOTTOM_RIGHT else task.used_k * 0
-
-
-@gluon.jit
-def _scores_of(s, n0, place, steps, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """Scores [64, BLOCK_N] of the tile of keys at n0 from its products, the steps applied; `place` is where the task's
-    row 0 stands.
-
-    Under a causal mask distances are those from the last row of the task, for all rows: what that takes from all scores
-    of a row is `_lead`.
-    """
-    M: gl.constexpr = s.shape[0]
-    N: gl.constexpr = s.shape[1]
-    if len(STEPS.VALUE) == 0:
-        return s
-    else:
-        split = gl.reshape(s, [M, N // 8, 8])
-        L: gl.constexpr = split.type.layout
-        eights, ones = _columns(N, L)
-        m = WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
-        if SHAPE.PAST:
-            distance = (place + (64 * SHAPE.GROUPS - 1) - n0 - ones).to(gl.float32) - eights.to(gl.float32)
-        else:
-            distance = (place - n0 + m).to(gl.float32)[:, None, None] - ones.to(gl.float32) - eights.to(gl.float32)
-        split = split * rule.scoring.first
-        # Only biases, which this kernel has not, need positions in tensors.
-        split = scores.apply(split, steps, None, None, distance, None, STEPS)
-        return gl.convert_layout(gl.reshape(split, [M, N]), s.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _lead(task, at, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """By how much (log2 units) the scores of rows `at` are larger than `_scores_of` has them."""
-    lead = gl.full(at.shape, 0.0, gl.float32, at.type.layout)
-    if SHAPE.PAST and len(STEPS.VALUE) > 0:
-        distance = (task.row + (64 * SHAPE.GROUPS - 1) - at).to(gl.float32)
-        lead = -rule.scoring.scale2 * scores.apply(lead, _steps(task, rule, STEPS), None, None, distance, None, STEPS)
-    return lead
-
-
-@gluon.jit
-def _masked(s, n0, done, rule, buffers, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """Scores, -inf where a row does not see the key.
-
-    Most tiles need no mask: callers branch around this, and the task is read here, so that its fields take no registers
-    from those tiles.
-    """
-    KEYS: gl.constexpr = STEPS.KEYS
-    M: gl.constexpr = s.shape[0]
-    N: gl.constexpr = s.shape[1]
-    split = gl.reshape(s, [M, N // 8, 8])
-    L: gl.constexpr = split.type.layout
-    eights, ones = _columns(N, L)
-    task = read_task(buffers.tasks, done, 4)
-    m = task.row + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
-    shift = _shift(task, SHAPE)
-    lo, hi = bands.intersect(
-        gl.minimum(m, task.used_q - 1), task.used_k, task.used_q, task.used_k, shift, rule.rules.numbers, KEYS
-    )
-    visible = eights < (hi - n0)[:, None, None] - ones
-    if SHAPE.LEFT:
-        visible = visible & (eights >= (lo - n0)[:, None, None] - ones)
-    split = gl.where(visible, split, -float("inf"))
-    return gl.convert_layout(gl.reshape(split, [M, N]), s.type.layout, assert_trivial=True)
-
-
-@gluon.jit
 def _totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """Store lse [64] of a task's rows; the factors [64] from their accumulators to the output, 0 for rows that see no
     key."""
@@ -235,7 +105,7 @@ def _totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS
     ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
     at = task.row + WG * 64 + gl.arange(0, 64, layout=ROWS)
     row_sum = gl.convert_layout(gl.sum(sums, 1), ROWS)
-    row_max = gl.convert_layout(gl.max(base, 1), ROWS) + _lead(task, at, rule, SHAPE, STEPS)
+    row_max = gl.convert_layout(gl.max(base, 1), ROWS) + lead(task, at, rule, SHAPE, STEPS)
     # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
     none = (row_sum == 0.0) | (at >= task.used_q)
     decay = gl.full([64], 1.0, gl.float32, ROWS)
@@ -320,7 +190,7 @@ def _scale_all(acc, factor, SHAPE: gl.constexpr):
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     scaled = ()
     for c in gl.static_range(CHUNKS_V):
-        scaled = scaled + (lanes.rescale(acc[c], _spread(factor, acc[c]))[0],)
+        scaled = scaled + (lanes.rescale(acc[c], spread(factor, acc[c]))[0],)
     return scaled
 
 
@@ -334,7 +204,6 @@ def _plain_turns(
     STAGES: gl.constexpr = SHAPE.STAGES
     NEXT: gl.constexpr = (WG + 1) % SHAPE.GROUPS
     DTYPE: gl.constexpr = buffers.v.data.dtype
-    scale2 = rule.scoring.scale2
     p, acc, base, sums, decay = state
     for _ in range(count):
         stage, _ = ring_at(used, STAGES)
@@ -355,8 +224,8 @@ def _plain_turns(
             mbarrier.arrive(buffers.q.free.index(slot))
         used += 1
         n0 -= SHAPE.BLOCK_N
-        s = _scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
-        p, base, sums, decay = _softmax(s, base, sums, scale2)
+        s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
         # As in `_consume`: this wait ends the basic block.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -385,24 +254,23 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if WG == GROUPS - 1:
             pass_turn(0)
     task = get_task(buffers.tasks, 0, 4)
-    scale2 = rule.scoring.scale2
-    steps = _steps(task, rule, STEPS)
+    steps = steps_of(task, rule, STEPS)
     some = task.count > 0
     mbarrier.wait(buffers.q.filled.index(0), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
     s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, WG, SHAPE),))
     mbarrier.arrive(buffers.k.free.index(0), pred=some)
     n0 = task.top
-    place = task.row + _shift(task, SHAPE)
+    place = task.row + shift(task, SHAPE)
     full_start = task.full_start
     full_stop = task.full_stop
-    s = _scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+    s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
     if (n0 < full_start) | (n0 >= full_stop):
-        s = _masked(s, n0, 0, rule, buffers, WG, SHAPE, STEPS)
-    base = _row_maxima(s, scale2)
+        s = masked(s, n0, 0, rule, buffers, WG, SHAPE, STEPS)
+    base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
     L: gl.constexpr = base.type.layout
     sums = gl.full([64, 4], 0.0, gl.float32, L)
-    p, base, sums, decay = _softmax(s, base, sums, scale2)
+    p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
     p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
     acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     weight = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, ACC))
@@ -420,11 +288,11 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         begins = left == 0
         if begins:
             following = get_task(buffers.tasks, begun, 4)
-            steps = _steps(following, rule, STEPS)
+            steps = steps_of(following, rule, STEPS)
             going = following.count
             left = following.count
             n0 = following.top + BLOCK_N
-            place = following.row + _shift(following, SHAPE)
+            place = following.row + shift(following, SHAPE)
             full_start = following.full_start
             full_stop = following.full_stop
             slot, phase_q = ring_at(begun, Q_STAGES)
@@ -452,18 +320,18 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             weight = _totals(base, sums, task, rule, WG, SHAPE, STEPS)
             sums = gl.full([64, 4], 0.0, gl.float32, L)
         s = warpgroup_mma_wait(SHAPE.CHUNKS_V, (s,))
-        s = _scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+        s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
         masks = (n0 < full_start) | (n0 >= full_stop)
         if begins | masks:
             if masks:
-                s = _masked(s, n0, current, rule, buffers, WG, SHAPE, STEPS)
+                s = masked(s, n0, current, rule, buffers, WG, SHAPE, STEPS)
             if begins:
-                base = _row_maxima(s, scale2)
+                base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
         mbarrier.arrive(buffers.k.free.index(stage), pred=going > 0)
         if left == 0:
             mbarrier.arrive(buffers.q.free.index(slot))
         used += 1
-        p, base, sums, decay = _softmax(s, base, sums, scale2)
+        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
         # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -576,7 +444,7 @@ def _repair(inputs, rule, swizzle, SHAPE: gl.constexpr, STEPS: gl.constexpr):
                     place % total, swizzle, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N,
                     SHAPE.BOTTOM_RIGHT, STEPS, 4,
                 )  # fmt: skip
-                steps = _steps(task, rule, STEPS)
+                steps = steps_of(task, rule, STEPS)
                 first = task.row + place // total * 64
                 attend_carefully(first, task, steps, rule, inputs.plain, SHAPE.BOTTOM_RIGHT, SHAPE.BLOCK_N, STEPS)
                 gl.store(places + place, 0)

@@ -24,8 +24,9 @@ FIELDS = gl.constexpr(15)
 class Shape(NamedTuple):
     """Compile-time numbers: consumer warpgroups of 64 rows, keys of a tile, buffers of keys and of values, buffers of
     queries; the columns of a tile and how many tiles side by side make D and Dv; whether the bands bound keys on the
-    left, and whether they show no key after a row's own position; alignment; whether warpgroups take turns, whether P
-    waits in fp32 until the next product is issued, and whether tiles without a mask have a loop of their own."""
+    left; whether the last step is ALiBi and no key after a row's own position is seen; alignment; whether warpgroups
+    take turns, whether P waits in fp32 until the next product is issued, and whether tiles without a mask have a loop
+    of their own."""
 
     GROUPS: int
     BLOCK_N: int
@@ -36,7 +37,7 @@ class Shape(NamedTuple):
     WIDTH_V: int
     CHUNKS_V: int
     LEFT: bool
-    PAST: bool
+    TILTED: bool
     BOTTOM_RIGHT: bool
     TURNS: bool
     LATE: bool

@@ -8,33 +8,68 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def soften(s, first, second, scale2):
+def soften(s, first, second, scale2, slope, offsets):
     """Weights exp2(s * scale2 - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and `second`,
-    or the rows' maxima where a warp has a sum that is large."""
+    or the rows' maxima where a warp has a sum that is large.
+
+    Where there is a slope, scores have less offsets[i & 1] and slope more for each column past the first eight: a
+    thread's columns are two of every eight.
+    """
     COUNT: gl.constexpr = len(s)
-    p, sums = _weigh(s, first, second, scale2)
-    if _exceeds(gl.maximum(sums[0], sums[1])) != 0:
-        a = gl.maximum(s[0], s[1])
-        b = gl.maximum(s[2], s[3])
-        for i in gl.static_range(1, COUNT // 4):
-            a = gl.maximum(a, gl.maximum(s[4 * i], s[4 * i + 1]))
-            b = gl.maximum(b, gl.maximum(s[4 * i + 2], s[4 * i + 3]))
-        first = gl.maximum(first, _quad_max(a) * scale2)
-        second = gl.maximum(second, _quad_max(b) * scale2)
-        p, sums = _weigh(s, first, second, scale2)
+    p, sums = _weigh(s, first, second, scale2, slope, offsets)
+    if _exceeds(gl.maximum(sums[0], sums[1]), 4096.0) != 0:
+        if slope is None:
+            most = _maxima(s)
+            most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
+        else:
+            scaled = ()
+            for i in gl.static_range(COUNT):
+                scaled = scaled + (gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -offsets[i % 2])),)
+            most = _maxima(scaled)
+            most = (_quad_max(most[0]), _quad_max(most[1]))
+        first = gl.maximum(first, most[0])
+        second = gl.maximum(second, most[1])
+        p, sums = _weigh(s, first, second, scale2, slope, offsets)
     return p, sums, (first, second)
 
 
 @gluon.jit
-def _weigh(s, first, second, scale2):
+def soften_in_place(s, first, second, scale2):
+    """The same from the rows' maxima, which move bases where a weight would be over 256. The scores need no registers
+    beside the weights then: three warpgroups have none for both."""
+    most = _maxima(s)
+    if _exceeds(gl.maximum(most[0] * scale2 - first, most[1] * scale2 - second), 8.0) != 0:
+        first = gl.maximum(first, _quad_max(most[0]) * scale2)
+        second = gl.maximum(second, _quad_max(most[1]) * scale2)
+    p, sums = _weigh(s, first, second, scale2, None, None)
+    return p, sums, (first, second)
+
+
+@gluon.jit
+def _maxima(s):
+    """The largest of a thread's scores in each of its rows [2]."""
+    a = gl.maximum(s[0], s[1])
+    b = gl.maximum(s[2], s[3])
+    for i in gl.static_range(4, len(s), 4):
+        a = gl.maximum(a, gl.maximum(s[i], s[i + 1]))
+        b = gl.maximum(b, gl.maximum(s[i + 2], s[i + 3]))
+    return a, b
+
+
+@gluon.jit
+def _weigh(s, first, second, scale2, slope, offsets):
     """Weights [N] and their sums [2]."""
     COUNT: gl.constexpr = len(s)
+    if slope is None:
+        taken = (first, first, second, second)
+    else:
+        taken = (first + offsets[0], first + offsets[1], second + offsets[0], second + offsets[1])
     p = ()
     for i in gl.static_range(COUNT):
-        if i & 2 == 0:
-            p = p + (gl.exp2(s[i] * scale2 - first),)
+        if slope is None:
+            p = p + (gl.exp2(s[i] * scale2 - taken[i % 4]),)
         else:
-            p = p + (gl.exp2(s[i] * scale2 - second),)
+            p = p + (gl.exp2(gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -taken[i % 4]))),)
     sums = (p[0], p[1], p[2], p[3])
     for i in gl.static_range(1, COUNT // 4):
         sums = (sums[0] + p[4 * i], sums[1] + p[4 * i + 1], sums[2] + p[4 * i + 2], sums[3] + p[4 * i + 3])
@@ -43,11 +78,11 @@ def _weigh(s, first, second, scale2):
 
 # Triton takes only "pure" code inside map_elementwise; what depends on it keeps it in its place.
 @gluon.jit
-def _exceeds(x):
-    """1 in all threads of a warp if x > 4096 in one of them, else 0."""
+def _exceeds(x, limit):
+    """1 in all threads of a warp if x > limit in one of them, else 0."""
     return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.f32 p, $1, 0f45800000; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
-        "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1,
+        "{ .reg .pred p; setp.gt.f32 p, $1, $2; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
+        "=r,f,f", [x, gl.to_tensor(limit)], dtype=gl.int32, is_pure=True, pack=1,
     )  # fmt: skip
 
 
