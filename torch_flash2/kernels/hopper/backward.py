@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ... import problem as problem_module
 from ...problem import Call, Gradients, Problem, Saved
-from ..bundles import Mode, RowStats, Strided, coded
+from ..bundles import RowStats, Strided, coded
 from ..triton import launching, recording, tables
 from ..triton.statistics import CLEARED, launch_stats, sink_gradient
 from . import calls
@@ -173,8 +173,8 @@ def record(
 ) -> tuple[Gradients, recording.Recording | None]:
     """Run it, and record it for calls alike."""
     if 0 not in call.query.shape:
-        # Zeros that are there already are not computed while the launch is recorded.
-        launching.keep_zeros(call.query.device, _tiles(problem, config.queries, call))
+        # Zeros that are there already are not computed while the launch is recorded; the smallest tiles have 64 rows.
+        launching.keep_zeros(call.query.device, _tiles(problem, call, 64))
     return recording.record(launch, problem, config, call, saved)
 
 
@@ -214,7 +214,7 @@ def _launch_keys(
 
 def _sums(problem: Problem, config: Config, call: Call) -> torch.Tensor:
     """Room for the sums of dQ, fp32: for each tile of rows a tile of products."""
-    programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK)
+    programs = _tiles(problem, call, config.BLOCK)
     size = triton.cdiv(programs * config.BLOCK * config.WIDTH_D, CLEARED.value) * CLEARED.value
     return torch.empty(size, dtype=torch.float32, device=call.query.device)
 
@@ -223,22 +223,16 @@ def _finish_queries(
     problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor,
     sums: torch.Tensor,
 ) -> None:  # fmt: skip
-    programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK)
+    flags = _flags(problem, call, config.BLOCK)
+    spans, sizes, _, scoring, _ = launching.bundle(problem, call)
     # How many parts, side by side, the warpgroups make.
     parts = 1 if config.APART else config.GROUPS
-    tensors = (Strided.of(tensor) for tensor in (call.query, call.key, call.value, grad_out))
     arguments = (
-        sums,
-        *tensors,
-        stats,
-        Strided.of(grad_q),
-        *launching.bundle(problem, call),
-        config.WIDTH_D // parts,
-        parts,
-        _repair_mode(problem, config.BLOCK),
-        launching.steps(problem),
-    )
+        sums, Strided.of(grad_q), flags, spans, sizes, scoring, config.BLOCK, config.WIDTH_D // parts, parts
+    )  # fmt: skip
+    programs = _tiles(problem, call, config.BLOCK)
     launching.launch(finish_queries, programs, call.query.device, arguments, num_warps=4, num_stages=1)
+    _repair_queries(problem, call, grad_out, stats, grad_q, flags, config.BLOCK)
 
 
 def _swizzle(problem: Problem, call: Call) -> int:
@@ -250,36 +244,53 @@ def _swizzle(problem: Problem, call: Call) -> int:
     return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch))
 
 
-def _tiles(problem: Problem, config: Config, call: Call) -> int:
-    """How many tiles of query rows there are."""
-    return launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], 64 * config.GROUPS)
+def _tiles(problem: Problem, call: Call, rows: int) -> int:
+    """How many tiles of so many query rows there are."""
+    return launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], rows)
+
+
+def _flags(problem: Problem, call: Call, rows: int) -> torch.Tensor | None:
+    """Zeros to mark tiles of so many rows in, or None where no NaN can lie behind a mask."""
+    return launching.zeros(call.query.device, _tiles(problem, call, rows)) if calls.hides(problem) else None
 
 
 def _launch_queries(
     problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor
 ) -> None:  # fmt: skip
-    programs = _tiles(problem, config, call)
-    flags = launching.zeros(call.query.device, programs) if calls.hides(problem) else None
-    bundle = launching.bundle(problem, call)
-    steps = launching.steps(problem)
+    rows = 64 * config.GROUPS
+    flags = _flags(problem, call, rows)
     arguments = (
         *_inputs(config, call, grad_out, 64, config.BLOCK),
         descriptor(grad_q, 64, config.WIDTH_D),
         QueryOutputs(Strided.of(grad_q), stats, flags),
         coded(calls.swizzle(problem, call)),
-        *bundle,
+        *launching.bundle(problem, call),
         _shape(problem, config),
-        steps,
+        launching.steps(problem),
     )
-    launching.launch(backward_queries, programs, call.query.device, arguments, num_warps=4)
+    launching.launch(backward_queries, _tiles(problem, call, rows), call.query.device, arguments, num_warps=4)
+    _repair_queries(problem, call, grad_out, stats, grad_q, flags, rows)
+
+
+def _repair_queries(
+    problem: Problem, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor,
+    flags: torch.Tensor | None, rows: int,
+) -> None:  # fmt: skip
+    """dQ again of the marked tiles of so many rows."""
     if flags is None:
         return
-    mode = _repair_mode(problem, 64 * config.GROUPS)
+    programs = _tiles(problem, call, rows)
     tensors = (Strided.of(tensor) for tensor in (call.query, call.key, call.value, grad_out))
-    repair = (flags, coded(programs), *tensors, stats, Strided.of(grad_q), *bundle, mode, steps)
+    mode = launching.mode(problem, tables.backward(problem).q._replace(BLOCK_M=rows), rows)
+    arguments = (
+        flags,
+        coded(programs),
+        *tensors,
+        stats,
+        Strided.of(grad_q),
+        *launching.bundle(problem, call),
+        mode,
+        launching.steps(problem),
+    )
     repairers = min(programs, REPAIRERS * problem.hardware.multiprocessors)
-    launching.launch(repair_queries, repairers, call.query.device, repair, num_warps=8, num_stages=1)
-
-
-def _repair_mode(problem: Problem, rows: int) -> Mode:
-    return launching.mode(problem, tables.backward(problem).q._replace(BLOCK_M=rows), rows)
+    launching.launch(repair_queries, repairers, call.query.device, arguments, num_warps=rows // 16, num_stages=1)
