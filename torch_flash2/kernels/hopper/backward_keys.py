@@ -30,6 +30,7 @@ from .backward_pipeline import (
     copy_vector,
     filled,
     freed,
+    key_place,
     key_task,
     left_operand,
     outer,
@@ -53,8 +54,25 @@ def _sync(THREADS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(inputs, stats, streams, fixed, task, rule, KEYS: gl.constexpr, SHAPE: gl.constexpr):
-    """The producer warp: the keys' tiles once, then queries and output gradients of every head of the group."""
+def _load_keys(inputs, place, k, v, KEYS: gl.constexpr, SHAPE: gl.constexpr):
+    """Load the tiles of keys and values."""
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    mbarrier.expect(k.filled.index(0), 64 * KEYS * WIDTH_D * CHUNKS_D * 2)
+    for w in gl.static_range(KEYS):
+        load_tiles(inputs.k, place.start, place.batch, place.h, place.n0 + w * 64, k.filled.index(0), k.data,
+                   w * CHUNKS_D, WIDTH_D, CHUNKS_D)  # fmt: skip
+    mbarrier.expect(v.filled.index(0), 64 * KEYS * WIDTH_V * CHUNKS_V * 2)
+    for w in gl.static_range(KEYS):
+        load_tiles(inputs.v, place.start, place.batch, place.h, place.n0 + w * 64, v.filled.index(0), v.data,
+                   w * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
+
+
+@gluon.jit
+def _produce(inputs, stats, streams, task, rule, SHAPE: gl.constexpr):
+    """The producer warp: queries and output gradients of every head of the group."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -63,11 +81,6 @@ def _produce(inputs, stats, streams, fixed, task, rule, KEYS: gl.constexpr, SHAP
     # Bytes of each of lse2 and delta that come by TMA.
     VECTOR: gl.constexpr = 4 if rule.spans.cu_q is None else 0
     q, do, lse2, delta, _ = streams
-    k, v, _ = fixed
-    mbarrier.expect(k.filled.index(0), 64 * KEYS * WIDTH_D * CHUNKS_D * 2)
-    for w in gl.static_range(KEYS):
-        load_tiles(inputs.k, task.start_k, task.batch_k, task.h, task.n0 + w * 64, k.filled.index(0), k.data,
-                   w * CHUNKS_D, WIDTH_D, CHUNKS_D)  # fmt: skip
     h = task.h * rule.sizes.group
     i = task.count * 0
     for j in range(task.count * rule.sizes.group):
@@ -82,11 +95,6 @@ def _produce(inputs, stats, streams, fixed, task, rule, KEYS: gl.constexpr, SHAP
             compat.load(inputs.stats, [at], q.filled.index(slot), lse2.data.index(slot))
         else:
             copy_vector(lse2, slot, stats.lse2 + at, BLOCK_M)
-        if j == 0:
-            mbarrier.expect(v.filled.index(0), 64 * KEYS * WIDTH_V * CHUNKS_V * 2)
-            for w in gl.static_range(KEYS):
-                load_tiles(inputs.v, task.start_k, task.batch_k, task.h, task.n0 + w * 64, v.filled.index(0), v.data,
-                           w * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
         freed(do, j, SHAPE.STAGES_V)
         slot_v = j % SHAPE.STAGES_V
         mbarrier.expect(do.filled.index(slot_v), BLOCK_M * (WIDTH_V * CHUNKS_V * 2 + VECTOR))
@@ -228,6 +236,7 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
     LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
+    ENDS: gl.constexpr = SHAPE.LEFT or LENGTHS
     q, do, lse2s, deltas, exchange = streams
     k, v, bounds = fixed
     DTYPE: gl.constexpr = q.data.dtype
@@ -253,7 +262,7 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
     x, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
     p = gl.exp2(x * rule.scoring.scale2 - lse2[None, :])
     if MASKED:
-        p = gl.where(seen_by_keys(bounds, m, WG * 64, S), p, 0.0)
+        p = gl.where(seen_by_keys(bounds, m, WG * 64, ENDS, S), p, 0.0)
     # Before the next branch: P and the slope both, in fp32, would be spilled there.
     weight = p * slope
     dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
@@ -273,7 +282,7 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
     ds = weight * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
         # A masked value may be NaN, and 0 * NaN is NaN.
-        ds = gl.where(seen_by_keys(bounds, m, WG * 64, S), ds, 0.0)
+        ds = gl.where(seen_by_keys(bounds, m, WG * 64, ENDS, S), ds, 0.0)
     ds = ds.to(DTYPE)
     SHARED_SUMS: gl.constexpr = rule.aside is not None and not SHAPE.APART
     COLS: gl.constexpr = WIDTH_D // SHAPE.GROUPS
@@ -317,7 +326,7 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
     some = task.count > 0
     total = task.count * rule.sizes.group
     mbarrier.wait(k.filled.index(0), 0)
-    mbarrier.wait(v.filled.index(0), 0, pred=some)
+    mbarrier.wait(v.filled.index(0), 0)
     kept = (None, None)
     if SHAPE.KEPT:
         kept = (left_operand(k, WG, BLOCK_M, WIDTH_D), left_operand(v, WG, BLOCK_M, WIDTH_V))
@@ -370,6 +379,8 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
     q, do, lse2s, deltas, exchange = streams
     k, v, bounds = fixed
     DTYPE: gl.constexpr = q.data.dtype
+    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
+    ENDS: gl.constexpr = SHAPE.LEFT or LENGTHS
     n = task.n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
@@ -385,7 +396,7 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
         if SHAPE.GROUPED:
             now = _steps_of(h, task, rule, STEPS)
         filled(q, j, SHAPE.STAGES)
-        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+        if LENGTHS:
             _clean_rows(j, m0, streams, task, rule, 0, SHAPE)
         s = outer(k.data, gl.minimum(m0, 0), q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
         lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
@@ -396,7 +407,7 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
         s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
         p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
-            p = gl.where(seen_by_keys(bounds, m, 0, S), p, 0.0)
+            p = gl.where(seen_by_keys(bounds, m, 0, ENDS, S), p, 0.0)
         handed.data.index(j % 2).store((p * slope).to(DTYPE))
         mbarrier.arrive(handed.filled.index(j % 2))
         filled(do, j, SHAPE.STAGES_V)
@@ -424,16 +435,18 @@ def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
     q, do, lse2s, deltas, exchange = streams
     k, v, bounds = fixed
     DTYPE: gl.constexpr = q.data.dtype
+    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
+    ENDS: gl.constexpr = SHAPE.LEFT or LENGTHS
     dk = zeros(WIDTH_D, CHUNKS_D)
     i = task.count * 0
-    mbarrier.wait(v.filled.index(0), 0, pred=task.count > 0)
+    mbarrier.wait(v.filled.index(0), 0)
     for j in range(task.count * rule.sizes.group):
         slot = j % SHAPE.STAGES
         slot_v = j % SHAPE.STAGES_V
         m0 = task.start + i * BLOCK_M
         m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
         filled(do, j, SHAPE.STAGES_V)
-        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+        if LENGTHS:
             filled(q, j, SHAPE.STAGES)
             _clean_rows(j, m0, streams, task, rule, 1, SHAPE)
         dp = outer(v.data, gl.minimum(m0, 0), do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
@@ -446,7 +459,7 @@ def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
         ds = p * (dp - delta[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             # A masked value may be NaN, and 0 * NaN is NaN.
-            ds = gl.where(seen_by_keys(bounds, m, 0, S), ds, 0.0)
+            ds = gl.where(seen_by_keys(bounds, m, 0, ENDS, S), ds, 0.0)
         filled(q, j, SHAPE.STAGES)
         dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
         dk = landed(dk, 0)
@@ -488,10 +501,11 @@ def backward_keys(
     deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M, do_tiles, spans.cu_q)
     streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
     rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums)
-    task, bounds = key_task(
-        gl.program_id(0), tiles.decoded(swizzle), spans, rule.sizes, rules, BLOCK_N, BLOCK_M, SHAPE.BOTTOM_RIGHT,
-        STEPS, 4,
-    )  # fmt: skip
+    place = key_place(gl.program_id(0), tiles.decoded(swizzle), spans, rule.sizes, BLOCK_N)
+    # On their way while the task is worked out.
+    fence_async_shared()
+    _load_keys(inputs, place, key_tiles, value_tiles, KEYS, SHAPE)
+    task, bounds = key_task(place, spans, rule.sizes, rules, BLOCK_N, BLOCK_M, SHAPE.BOTTOM_RIGHT, STEPS, 4)
     fixed = Fixed(key_tiles, value_tiles, bounds)
     if SHARED:
         handed_filled, handed_free = ring_barriers(2, 1)
@@ -502,7 +516,7 @@ def backward_keys(
             [
                 (_consume_values, (dv_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
                 (_consume_scores, (dk_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, task, rule, SHAPE)),
             ],
             [4, 1],
             [240, 24],
@@ -514,7 +528,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_sum_queries, (streams, fixed, task, rule, SHAPE)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, task, rule, SHAPE)),
             ],
             [4, 4, 1],
             [208, 64, 24],
@@ -525,7 +539,7 @@ def backward_keys(
             [
                 (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, task, rule, SHAPE)),
             ],
             [4, 1],
             [240, 24],
@@ -537,7 +551,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
                 (_consume, (2, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_produce, (inputs, outputs.stats, streams, task, rule, SHAPE)),
             ],
             [4, 4, 1],
             [160, 160, 24],

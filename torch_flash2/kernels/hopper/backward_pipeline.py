@@ -137,6 +137,18 @@ class BackwardRule(NamedTuple):
     aside: Any
 
 
+class KeyPlace(NamedTuple):
+    """A tile of keys: its first key, key head, segment; and where the segment lies."""
+
+    n0: Any
+    h: Any
+    b: Any
+    batch: Any
+    start: Any
+    stored: Any
+    used: Any
+
+
 class KeyTask(NamedTuple):
     """A tile of keys: its first key, key head, segment; where the segment lies; where row 0 stands; and the tiles of
     query rows that it visits, `count` from `start` on for each query head, those in [full_start, full_stop) without a
@@ -160,12 +172,10 @@ class KeyTask(NamedTuple):
 
 
 @gluon.jit
-def key_task(index, swizzle, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-             BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """The index-th tile of BLOCK_N keys, and, in shared memory, where the rows that see each key start and stop; keys
-    past the end are seen by none. `swizzle` key heads go side by side, so that their queries stay in L2, their first
-    tiles first: the longest under a causal mask."""
-    QUERIES: gl.constexpr = STEPS.QUERIES
+def key_place(index, swizzle, spans, sizes, BLOCK_N: gl.constexpr):
+    """Of the index-th tile of BLOCK_N keys: its first key, key head, segment; and where the segment lies. `swizzle` key
+    heads go side by side, so that their queries stay in L2, their first tiles first: the longest under a causal
+    mask."""
     heads = sizes.H // sizes.group
     per_head = tiles.tile_count(spans.cu_k, sizes.B, sizes.N, BLOCK_N)
     all_heads = heads
@@ -182,9 +192,18 @@ def key_task(index, swizzle, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M
     else:
         b = tiles.find_segment(spans.cu_k, sizes.B, tile, BLOCK_N)
         tile -= gl.load(spans.cu_k + b) // BLOCK_N + b
+    batch, start, stored, used = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
+    return KeyPlace(tile * BLOCK_N, h, b, batch, start, stored, used)
+
+
+@gluon.jit
+def key_task(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+             STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """What the tile of keys at a place visits, and, in shared memory, where the rows that see each key start and stop;
+    a key that no row sees starts past all of them."""
+    QUERIES: gl.constexpr = STEPS.QUERIES
+    n0, h, b, batch_k, start_k, stored, used_k = place
     batch_q, start_q, _, used_q = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
-    batch_k, start_k, stored, used_k = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
-    n0 = tile * BLOCK_N
     # An arange is a power of two long: keys past the tile repeat its last one.
     LENGTH: gl.constexpr = 256 if BLOCK_N > 128 else 128
     L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -196,8 +215,8 @@ def key_task(index, swizzle, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M
     count = gl.cdiv(gl.maximum(span.stop - span.start, 0), BLOCK_M)
     starts = gl.allocate_shared_memory(gl.int32, [LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     stops = gl.allocate_shared_memory(gl.int32, [LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    starts.store(lo)
-    stops.store(gl.where(n < used_k, hi, lo))
+    starts.store(gl.where((n < used_k) & (lo < hi), lo, 0x7FFFFFFF))
+    stops.store(hi)
     task = KeyTask(
         n0, h, b, batch_q, start_q, used_q, batch_k, start_k, stored, used_k, shift, span.start, count,
         span.full_start, span.full_stop,
@@ -297,12 +316,14 @@ def scored(s, m, n, shift, steps, scoring, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def seen_by_keys(bounds, m, first, S: gl.constexpr):
-    """Which rows m [BLOCK_M] see the 64 keys from the program's number `first` on: [64, BLOCK_M]."""
+def seen_by_keys(bounds, m, first, ENDS: gl.constexpr, S: gl.constexpr):
+    """Which rows m [BLOCK_M] see the 64 keys from the program's number `first` on: [64, BLOCK_M]. Without ENDS rows see
+    it up to the last one, past which lse2 is infinite and P 0."""
     KEYS: gl.constexpr = gl.SliceLayout(1, S)
-    lo = bounds[0].slice(first, 64).load(KEYS)
-    hi = bounds[1].slice(first, 64).load(KEYS)
-    return (m[None, :] >= lo[:, None]) & (m[None, :] < hi[:, None])
+    seen = m[None, :] >= bounds[0].slice(first, 64).load(KEYS)[:, None]
+    if ENDS:
+        seen = seen & (m[None, :] < bounds[1].slice(first, 64).load(KEYS)[:, None])
+    return seen
 
 
 @gluon.jit
