@@ -45,6 +45,7 @@ class Config(NamedTuple):
     AHEAD: bool = False
     APART: bool = False
     KEPT: bool = False
+    TASKS: int = 1
 
 
 class BackwardConfig(NamedTuple):
@@ -132,6 +133,7 @@ def _shape(problem: Problem, config: Config) -> BackwardShape:
         config.AHEAD,
         config.APART,
         config.KEPT,
+        config.TASKS,
     )
 
 
@@ -196,6 +198,7 @@ def _launch_keys(
     value = torch.empty_like(call.value) if found.value is None else found.value
     keys = 64 * (1 if config.SHARED else config.GROUPS)
     vector = gl.NVMMASharedLayout(0, 32, 1)
+    programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], keys)
     arguments = (
         *_inputs(config, call, grad_out, config.BLOCK, 64),
         # delta lies behind lse2.
@@ -204,11 +207,13 @@ def _launch_keys(
         descriptor(value, 64, config.WIDTH_V),
         KeyOutputs(Strided.of(key), Strided.of(value), stats, sums),
         coded(_swizzle(problem, call)),
+        coded(programs),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),
     )
-    programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], keys)
+    if config.TASKS > 1:
+        programs = min(programs, problem.hardware.multiprocessors)
     launching.launch(backward_keys, programs, call.query.device, arguments, num_warps=4)
 
 
