@@ -199,13 +199,17 @@ def _launch_keys(
     keys = 64 * (1 if config.SHARED else config.GROUPS)
     vector = gl.NVMMASharedLayout(0, 32, 1)
     programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], keys)
+    counter = None
+    if config.TASKS > 1:
+        assert sums is not None
+        counter = sums.view(torch.int32)[-4:]
     arguments = (
         *_inputs(config, call, grad_out, config.BLOCK, 64),
         # delta lies behind lse2.
         TensorDescriptor(stats.lse2, [2 * stats.lse2.numel()], [1], [config.BLOCK], vector),
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
-        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums),
+        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter),
         coded(_swizzle(problem, call)),
         coded(programs),
         *launching.bundle(problem, call),
@@ -218,9 +222,9 @@ def _launch_keys(
 
 
 def _sums(problem: Problem, config: Config, call: Call) -> torch.Tensor:
-    """Room for the sums of dQ, fp32: for each tile of rows a tile of products."""
+    """Room for the sums of dQ, fp32: for each tile of rows a tile of products; and a number to claim tasks by."""
     programs = _tiles(problem, call, config.BLOCK)
-    size = triton.cdiv(programs * config.BLOCK * config.WIDTH_D, CLEARED.value) * CLEARED.value
+    size = triton.cdiv(programs * config.BLOCK * config.WIDTH_D + 4, CLEARED.value) * CLEARED.value
     return torch.empty(size, dtype=torch.float32, device=call.query.device)
 
 

@@ -31,6 +31,8 @@ from .backward_pipeline import (
     copy_vector,
     filled,
     freed,
+    another,
+    end_key_tasks,
     get_key_task,
     integers,
     key_place,
@@ -75,12 +77,13 @@ def _load_keys(inputs, place, slot, k, v, KEYS: gl.constexpr, SHAPE: gl.constexp
 
 
 @gluon.jit
-def _produce(inputs, stats, swizzle, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
+def _produce(inputs, outputs, swizzle, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
              SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
-    """The producer warp: of each task its keys and values and then what passes them."""
+    """The producer warp: it claims tasks, and loads of each the keys and values and then what passes them."""
     turn = total * 0
     at = total * 0
-    for index in range(gl.program_id(0), total, gl.num_programs(0)):
+    index = gl.program_id(0)
+    while index < total:
         place = key_place(index, swizzle, rule.spans, rule.sizes, 64 * KEYS)
         slot = turn % SHAPE.TASKS
         freed(fixed.tasks, turn, SHAPE.TASKS)
@@ -89,9 +92,16 @@ def _produce(inputs, stats, swizzle, streams, fixed, total, rule, KEYS: gl.const
             place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, LENGTH, SHAPE.BOTTOM_RIGHT, STEPS
         )
         put_key_task(fixed.tasks, slot, task, starts, stops)
-        _load_rows(inputs, stats, streams, at, task, rule, SHAPE)
+        _load_rows(inputs, outputs.stats, streams, at, task, rule, SHAPE)
         at += task.count * rule.sizes.group
         turn += 1
+        index = total
+        if SHAPE.TASKS > 1:
+            # Now that the task's last rows are on their way: who claims early may be left with a long task at the end.
+            index = gl.num_programs(0) + gl.atomic_add(outputs.counter, 1)
+    if SHAPE.TASKS > 1:
+        freed(fixed.tasks, turn, SHAPE.TASKS)
+        end_key_tasks(fixed.tasks, turn % SHAPE.TASKS)
 
 
 @gluon.jit
@@ -208,15 +218,18 @@ def _sums_tile(h, tile, task, rule, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _sum_queries(streams, fixed, total, rule, SHAPE: gl.constexpr):
+def _sum_queries(streams, fixed, rule, SHAPE: gl.constexpr):
     """The warpgroup of dQ, where it has one of its own: dS^T of the others times the keys, added to the sums."""
-    turn = total * 0
-    at = total * 0
-    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+    turn = gl.to_tensor(0)
+    at = gl.to_tensor(0)
+    going = gl.to_tensor(1)
+    while going > 0:
         task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
-        filled(fixed.k, turn, SHAPE.TASKS)
-        _sum_task(at, turn % SHAPE.TASKS, streams[4], fixed.k, task, rule, SHAPE)
-        mbarrier.arrive(fixed.tasks.free.index(turn % SHAPE.TASKS))
+        if task.count >= 0:
+            filled(fixed.k, turn, SHAPE.TASKS)
+            _sum_task(at, turn % SHAPE.TASKS, streams[4], fixed.k, task, rule, SHAPE)
+            mbarrier.arrive(fixed.tasks.free.index(turn % SHAPE.TASKS))
+        going = another(task, SHAPE.TASKS)
         at += task.count * rule.sizes.group
         turn += 1
 
@@ -343,16 +356,19 @@ def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, tas
 
 
 @gluon.jit
-def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, total, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """A warpgroup: of each task dK and dV of 64 keys, and dQ's part where it is summed here."""
-    turn = total * 0
-    at = total * 0
-    for _ in range(gl.program_id(0), total, gl.num_programs(0)):
+    turn = gl.to_tensor(0)
+    at = gl.to_tensor(0)
+    going = gl.to_tensor(1)
+    while going > 0:
         task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
-        filled(fixed.k, turn, SHAPE.TASKS)
-        filled(fixed.v, turn, SHAPE.TASKS)
-        _task_gradients(WG, at, turn % SHAPE.TASKS, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)
-        mbarrier.arrive(fixed.tasks.free.index(turn % SHAPE.TASKS))
+        if task.count >= 0:
+            filled(fixed.k, turn, SHAPE.TASKS)
+            filled(fixed.v, turn, SHAPE.TASKS)
+            _task_gradients(WG, at, turn % SHAPE.TASKS, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)
+            mbarrier.arrive(fixed.tasks.free.index(turn % SHAPE.TASKS))
+        going = another(task, SHAPE.TASKS)
         at += task.count * rule.sizes.group
         turn += 1
 
@@ -571,7 +587,7 @@ def backward_keys(
             [
                 (_consume_values, (dv_to, streams, fixed, handed, rule, SHAPE, STEPS)),
                 (_consume_scores, (dk_to, streams, fixed, handed, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -580,10 +596,10 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume, (0, dk_to, dv_to, streams, fixed, total, rule, SHAPE, STEPS)),
-                (_consume, (1, dk_to, dv_to, streams, fixed, total, rule, SHAPE, STEPS)),
-                (_sum_queries, (streams, fixed, total, rule, SHAPE)),
-                (_produce, (inputs, outputs.stats, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_sum_queries, (streams, fixed, rule, SHAPE)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [208, 64, 24],
@@ -592,9 +608,9 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume, (0, dk_to, dv_to, streams, fixed, total, rule, SHAPE, STEPS)),
-                (_consume, (1, dk_to, dv_to, streams, fixed, total, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -603,10 +619,10 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume, (0, dk_to, dv_to, streams, fixed, total, rule, SHAPE, STEPS)),
-                (_consume, (1, dk_to, dv_to, streams, fixed, total, rule, SHAPE, STEPS)),
-                (_consume, (2, dk_to, dv_to, streams, fixed, total, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (2, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [160, 160, 24],

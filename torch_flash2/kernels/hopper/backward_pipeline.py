@@ -58,12 +58,13 @@ class BackwardInputs(NamedTuple):
 
 class KeyOutputs(NamedTuple):
     """dK and dV as Strided, RowStats, and where dQ is summed, or None: fp32 tiles of 64 rows of each head, as
-    `add_tile` lays them out."""
+    `add_tile` lays them out; and a 0 from which on tasks are claimed, or None where each program has one."""
 
     k: Any
     v: Any
     stats: Any
     sums: Any
+    counter: Any
 
 
 class QueryOutputs(NamedTuple):
@@ -247,6 +248,23 @@ def put_key_task(ring, slot, task, starts, stops):
     if ring.stops is not None:
         ring.stops.index(slot).store(stops)
     mbarrier.arrive(ring.filled.index(slot))
+
+
+@gluon.jit
+def end_key_tasks(ring, slot):
+    """Say that no task is left: one of count -1."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ring.data.index(slot * 16 + 12).store(gl.full([1], -1, gl.int32, L))
+    mbarrier.arrive(ring.filled.index(slot))
+
+
+@gluon.jit
+def another(task, COUNT: gl.constexpr):
+    """Whether to wait for a task after this one: > 0."""
+    if COUNT > 1:
+        return task.count + 1
+    else:
+        return task.count * 0
 
 
 @gluon.jit
