@@ -29,10 +29,10 @@ from .backward_pipeline import (
     add_tile,
     clean,
     copy_vector,
-    filled,
-    freed,
-    another,
     end_key_tasks,
+    filled,
+    free_key_task,
+    freed,
     get_key_task,
     integers,
     key_place,
@@ -40,6 +40,7 @@ from .backward_pipeline import (
     left_operand,
     outer,
     put_key_task,
+    read_key_task,
     resident_tiles,
     scored,
     scores_of,
@@ -228,9 +229,7 @@ def _sum_queries(streams, fixed, rule, SHAPE: gl.constexpr):
         if task.count >= 0:
             filled(fixed.k, turn, SHAPE.TASKS)
             _sum_task(at, turn % SHAPE.TASKS, streams[4], fixed.k, task, rule, SHAPE)
-            mbarrier.arrive(fixed.tasks.free.index(turn % SHAPE.TASKS))
-        going = another(task, SHAPE.TASKS)
-        at += task.count * rule.sizes.group
+        going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
         turn += 1
 
 
@@ -367,9 +366,7 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.con
             filled(fixed.k, turn, SHAPE.TASKS)
             filled(fixed.v, turn, SHAPE.TASKS)
             _task_gradients(WG, at, turn % SHAPE.TASKS, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)
-            mbarrier.arrive(fixed.tasks.free.index(turn % SHAPE.TASKS))
-        going = another(task, SHAPE.TASKS)
-        at += task.count * rule.sizes.group
+        going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
         turn += 1
 
 
@@ -420,6 +417,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
             dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, stop, home, streams, fixed, task, rule, WG, False,
                               SHAPE, STEPS)  # fmt: skip
         h, i = _advance(h, i, task, SHAPE)
+    task = read_key_task(fixed.tasks, home)
     row = task.n0 + WG * 64
     store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, mine * CHUNKS_V, row, task.stored, task.used_k,
                    task.batch_k, task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip

@@ -259,19 +259,28 @@ def end_key_tasks(ring, slot):
 
 
 @gluon.jit
-def another(task, COUNT: gl.constexpr):
-    """Whether to wait for a task after this one: > 0."""
+def free_key_task(ring, turn, at, group, COUNT: gl.constexpr):
+    """Give back the task of the turn-th fill (four warps): whether to wait for another one, > 0, and the number of
+    fills of the rings of rows so far, which was `at` before the task."""
+    count = field(ring, turn % COUNT * 16 + 12, 4)
+    mbarrier.arrive(ring.free.index(turn % COUNT))
+    going = count * 0
     if COUNT > 1:
-        return task.count + 1
-    else:
-        return task.count * 0
+        going = count + 1
+    return going, at + count * group
 
 
 @gluon.jit
 def get_key_task(ring, turn, COUNT: gl.constexpr):
     """The task of the turn-th fill (four warps)."""
     filled(ring, turn, COUNT)
-    at = turn % COUNT * 16
+    return read_key_task(ring, turn % COUNT)
+
+
+@gluon.jit
+def read_key_task(ring, slot):
+    """The task in a slot once more: its numbers need not stay in registers."""
+    at = slot * 16
     return KeyTask(
         field(ring, at, 4),
         field(ring, at + 1, 4),
