@@ -221,16 +221,25 @@ def _sums_tile(h, tile, task, rule, SHAPE: gl.constexpr):
 @gluon.jit
 def _sum_queries(streams, fixed, rule, SHAPE: gl.constexpr):
     """The warpgroup of dQ, where it has one of its own: dS^T of the others times the keys, added to the sums."""
-    turn = gl.to_tensor(0)
-    at = gl.to_tensor(0)
-    going = gl.to_tensor(1)
-    while going > 0:
-        task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
-        if task.count >= 0:
-            filled(fixed.k, turn, SHAPE.TASKS)
-            _sum_task(at, turn % SHAPE.TASKS, streams[4], fixed.k, task, rule, SHAPE)
-        going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
-        turn += 1
+    if SHAPE.TASKS == 1:
+        _sum_next(0, 0, streams, fixed, rule, SHAPE)
+    else:
+        turn = gl.to_tensor(0)
+        at = gl.to_tensor(0)
+        going = gl.to_tensor(1)
+        while going > 0:
+            _sum_next(turn, at, streams, fixed, rule, SHAPE)
+            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
+            turn += 1
+
+
+@gluon.jit
+def _sum_next(turn, at, streams, fixed, rule, SHAPE: gl.constexpr):
+    """The turn-th task, if there is one."""
+    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
+    if task.count >= 0:
+        filled(fixed.k, turn, SHAPE.TASKS)
+        _sum_task(at, turn % SHAPE.TASKS, streams[4], fixed.k, task, rule, SHAPE)
 
 
 @gluon.jit
@@ -357,17 +366,27 @@ def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, tas
 @gluon.jit
 def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """A warpgroup: of each task dK and dV of 64 keys, and dQ's part where it is summed here."""
-    turn = gl.to_tensor(0)
-    at = gl.to_tensor(0)
-    going = gl.to_tensor(1)
-    while going > 0:
-        task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
-        if task.count >= 0:
-            filled(fixed.k, turn, SHAPE.TASKS)
-            filled(fixed.v, turn, SHAPE.TASKS)
-            _task_gradients(WG, at, turn % SHAPE.TASKS, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)
-        going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
-        turn += 1
+    if SHAPE.TASKS == 1:
+        _consume_next(WG, 0, 0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)
+    else:
+        turn = gl.to_tensor(0)
+        at = gl.to_tensor(0)
+        going = gl.to_tensor(1)
+        while going > 0:
+            _consume_next(WG, turn, at, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)
+            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
+            turn += 1
+
+
+@gluon.jit
+def _consume_next(WG: gl.constexpr, turn, at, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.constexpr,
+                  STEPS: gl.constexpr):  # fmt: skip
+    """The turn-th task, if there is one."""
+    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
+    if task.count >= 0:
+        filled(fixed.k, turn, SHAPE.TASKS)
+        filled(fixed.v, turn, SHAPE.TASKS)
+        _task_gradients(WG, at, turn % SHAPE.TASKS, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)
 
 
 @gluon.jit

@@ -264,10 +264,7 @@ def free_key_task(ring, turn, at, group, COUNT: gl.constexpr):
     fills of the rings of rows so far, which was `at` before the task."""
     count = field(ring, turn % COUNT * 16 + 12, 4)
     mbarrier.arrive(ring.free.index(turn % COUNT))
-    going = count * 0
-    if COUNT > 1:
-        going = count + 1
-    return going, at + count * group
+    return count + 1, at + count * group
 
 
 @gluon.jit
