@@ -23,15 +23,21 @@ from typing import Any, NamedTuple
 # A script's own folder is on the path, the clone that it belongs to is not.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import machine_code  # noqa: E402
+
 from torch_flash2 import dispatch, hardware, problem, settings  # noqa: E402
 from torch_flash2.testing import DTYPES, Case  # noqa: E402
 
+KERNELS = ("triton", "hopper", "hopper-atomics")
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 BUCKETS = (64, 128, 256, 512)
 DIRECTIONS = ("forward", "backward")
 # Tensor memory that one block may have on sm100, in columns.
 TENSOR_MEMORY = 512
 _PACKED: dict[str, Any] = dict(lengths="packed_used", documents=(1.0, 0.5))
+# Hopper's kernels beside the portable ones: their head dims, and what they take of the mixes below, with more of each.
+HOPPER_DIMS = (64, 96, 128, 192, 256)
+HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents")
 # Features that change what a kernel keeps on the chip; "odd" strides take the path without TMA.
 MIXES: dict[str, dict[str, Any]] = {
     "plain": dict(mask="causal"),
@@ -39,6 +45,10 @@ MIXES: dict[str, dict[str, Any]] = {
     "scores": dict(mask="window(100, 3)", softcap=30.0, alibi=1, sinks=True),
     "bias": dict(bias="HMN", dropout_p=0.1),
     "packed": dict(mask="causal @ top-left", dense="BMN", layout="odd", **_PACKED),
+    "full": dict(),
+    "left": dict(mask="window(100, 3) @ bottom-right", sinks=True),
+    "softcap": dict(mask="causal", softcap=30.0),
+    "documents": dict(mask="causal @ bottom-right", layout="bshd", **_PACKED),
     "all": dict(
         mask="causal & chunk(64) @ bottom-right", dense="BMN", bias="BHMN", bias_dtype="fp32",
         softcap=30.0, alibi=2, sinks=True, dropout_p=0.1, **_PACKED,
@@ -54,6 +64,7 @@ class Job(NamedTuple):
     head_dim: int
     mix: str
     direction: str
+    kernel: str = "triton"
 
 
 class Outcome(NamedTuple):
@@ -67,7 +78,12 @@ class Outcome(NamedTuple):
 
 def matrix() -> Iterator[Job]:
     """Every job."""
-    yield from map(Job._make, itertools.product(ARCHS, DTYPES, BUCKETS, MIXES, DIRECTIONS))
+    portable = [mix for mix in MIXES if mix not in HOPPER_MIXES or mix in ("plain", "scores")]
+    yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, portable, DIRECTIONS))
+    jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, KERNELS[1:])
+    for job in itertools.starmap(Job, jobs):
+        if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= 128):
+            yield job
 
 
 def sample() -> Iterator[Job]:
@@ -105,7 +121,7 @@ def posed(case: Case, direction: str, arch: str) -> tuple[problem.Problem, probl
 
 
 def compile_case(case: Case, direction: str, arch: str, kernel: str = "triton") -> tuple[problem.Problem, list[Any]]:
-    """Compile the kernels of a case."""
+    """Compile the kernels of a case, with a kernel as `dispatch.encode_force` names it."""
     from torch_flash2.kernels.triton import offline
 
     found, call = posed(case, direction, arch)
@@ -117,9 +133,13 @@ def run_job(job: Job) -> list[Outcome]:
     """Compile a job's kernels."""
     mix = MIXES[job.mix]
     segments = len(mix.get("documents", "12"))
-    case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, job.head_dim, job.dtype, **mix)
+    wide = 128 if job.head_dim == 192 and job.kernel != "triton" else job.head_dim
+    case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, wide, job.dtype, **mix)
+    name, *atomics = job.kernel.split("-")
+    backward = name == "hopper" and job.direction == "backward"
+    force = dispatch.encode_force(name, {"atomics": bool(atomics)} if backward else None)
     try:
-        found, kernels = compile_case(case, job.direction, job.arch)
+        found, kernels = compile_case(case, job.direction, job.arch, force)
     except dispatch.UnsupportedError as error:
         # A refusal is an answer where the smallest tiles do not fit; any other is a failure.
         return [Outcome(job, "refused", 0, "" if "bytes of shared memory" in str(error) else str(error))]
@@ -132,6 +152,8 @@ def run_job(job: Job) -> list[Outcome]:
         over = f"shared memory {shared} of {limit}" if shared > limit else ""
         if tensor > TENSOR_MEMORY:
             over += f" tensor memory {tensor} of {TENSOR_MEMORY}"
+        if name == "hopper":
+            over += " ".join([*machine_code.unused_barriers(kernel), *machine_code.unset_registers(kernel)[:3]])
         outcomes.append(Outcome(job, kernel.name, shared, over))
     return outcomes
 
@@ -152,9 +174,10 @@ def run(jobs: list[Job], workers: int, progress: bool = False) -> list[Outcome]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, choices in (("arch", ARCHS), ("dtype", DTYPES), ("mix", MIXES), ("direction", DIRECTIONS)):
+    names = {"arch": ARCHS, "dtype": DTYPES, "mix": MIXES, "direction": DIRECTIONS, "kernel": KERNELS}
+    for name, choices in names.items():
         parser.add_argument(f"--{name}", choices=choices, nargs="+", default=list(choices))
-    parser.add_argument("--head_dim", type=int, nargs="+", default=list(BUCKETS))
+    parser.add_argument("--head_dim", type=int, nargs="+", default=sorted({*BUCKETS, *HOPPER_DIMS}))
     parser.add_argument("--sample", action="store_true", help="only what test_compile.py compiles")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     given = parser.parse_args()

@@ -17,6 +17,12 @@ import triton
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+def check(kernel: Any) -> None:
+    """Hold a compiled kernel to both."""
+    assert unused_barriers(kernel) == [], "a barrier that is not used shares memory with a tile"
+    assert unset_registers(kernel) == [], "ptxas left out what sets these registers"
+
+
 def unused_barriers(kernel: Any) -> list[str]:
     """The barriers of a compiled kernel that are initialised and then neither waited for nor arrived at. Triton gives
     their memory to tiles, and the GPU writes them back there when it resumes a kernel that it had interrupted."""
@@ -32,7 +38,8 @@ def unused_barriers(kernel: Any) -> list[str]:
 
 
 class _Line(NamedTuple):
-    """One instruction: its address, text, the uniform registers that it writes and reads, whether a predicate guards it."""
+    """One instruction: its address, text, which uniform registers it writes and reads, whether a predicate guards
+    it."""
 
     address: int
     text: str
@@ -45,16 +52,20 @@ def unset_registers(kernel: Any) -> list[str]:
     """Uniform registers of a compiled kernel that an instruction reads although on some path to it nothing has written
     them: ptxas leaves out the second of two like computations where neither branch is always taken (the descriptors of
     tiles were then wrong)."""
+    return unset_in(listing(kernel))
+
+
+def listing(kernel: Any) -> str:
+    """The SASS of a compiled kernel, as nvdisasm prints it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        listing = subprocess.run([_BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
-    return unset_in(listing.stdout)
+        return subprocess.run([_BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def unset_in(listing: str) -> list[str]:
-    """The same of what nvdisasm printed."""
-    lines, after = _graph(listing)
+def unset_in(text: str) -> list[str]:
+    """What `unset_registers` finds in a listing."""
+    lines, after = _graph(text)
     unset: list[frozenset[str]] = [frozenset() for _ in lines]
     unset[0] = frozenset(register for line in lines for register in line.reads)
     waiting = [0]
@@ -74,11 +85,11 @@ def unset_in(listing: str) -> list[str]:
     ]
 
 
-def _graph(listing: str) -> tuple[list[_Line], list[list[int]]]:
+def _graph(listed: str) -> tuple[list[_Line], list[list[int]]]:
     """The instructions and, of each, which may come next."""
     texts: list[tuple[int, str, list[str]]] = []
     labels: dict[str, int] = {}
-    for row in listing.splitlines():
+    for row in listed.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", row):
             labels[label.group(1)] = len(texts)
         elif code := re.match(r"\s*/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*(;|\(\*)", row):
@@ -100,7 +111,8 @@ def _line(address: int, text: str) -> _Line:
     name, *suffixes = operation.split(".")
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", operands)]
     # The first operand is written by the uniform datapath's instructions, and by those that bring values to it.
-    writes_first = name in ("R2UR", "S2UR", "REDUX") or (name[0] == "U" and name[:4] not in ("UTMA", "UBLK", "USET", "UCGA"))
+    others = ("UTMA", "UBLK", "USET", "UCGA")
+    writes_first = name in ("R2UR", "S2UR", "REDUX") or (name[0] == "U" and name[:4] not in others)
     writes: set[str] = set()
     reads: set[str] = set()
     for i, part in enumerate(parts):

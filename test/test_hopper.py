@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import compile_all
+import machine_code
 import pytest
 import torch
 
@@ -37,19 +36,15 @@ def compiled(width: tuple[int, int], feature: str, seqlen: int) -> Any:
     case = Case("x", segments, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
     posed, kernels = compile_all.compile_case(case, "forward", "sm90", "hopper")
     assert posed.hardware.shared_memory >= kernels[-1].metadata.shared
+    machine_code.check(kernels[-1])
     return kernels[-1]
 
 
 def instructions(kernel: Any) -> tuple[list[str], dict[str, int]]:
     """The SASS of a compiled kernel, and the index of the instruction at each label."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
     found: list[str] = []
     labels: dict[str, int] = {}
-    for line in text.splitlines():
+    for line in machine_code.listing(kernel).splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(found)
         elif instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 from typing import Any
 
+import machine_code
 import pytest
 import torch
 from test_decode import paged
@@ -49,6 +50,7 @@ def compiled(batch: int = 4, rows: int = 1, heads: int = 128, keys: int = 4096, 
     kernel, *others = offline.compile_call(plan.module, posed, plan.config, call)
     assert {other.name for other in others} <= {"decode_combine"}
     assert kernel.metadata.shared <= posed.hardware.shared_memory
+    machine_code.check(kernel)
     return kernel
 
 

@@ -33,7 +33,8 @@ class Config(NamedTuple):
     """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
     keys, whether S of the next tile is issued before dS of this one, whether dQ's products have a warpgroup of their
-    own, and whether keys and values stay in registers."""
+    own, whether keys and values stay in registers, and of how many tasks they are on the chip: 2 where programs claim
+    tasks, one after the other."""
 
     GROUPS: int
     BLOCK: int
@@ -83,15 +84,26 @@ def config(problem: Problem) -> BackwardConfig:
         for row in calls.table("backward_configs.json")
         if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
-    fused = None if row["fused"] is None else Config(**row["fused"])
-    # Sums cost by the row, a second kernel by the key that a row sees, of which a mask leaves about half.
-    keys = problem.seqlen_k // 2 if problem.mask.bands else problem.seqlen_k
-    atomics = fused is not None and not problem.deterministic and keys >= row["fused_keys"]
-    if fused is not None and problem.steps:
-        # Score steps take registers: those of operands kept there, and where there are none, accumulators would spill.
-        atomics = atomics and fused.KEPT
+    keys, queries = Config(**row["keys"]), Config(**row["queries"])
+    if row["fused"] is None:
+        return BackwardConfig(keys, queries)
+    fused = Config(**row["fused"])
+    # A mask leaves about half of the keys that a row could see, and of the rows that see a key.
+    share = 2 if problem.mask.bands else 1
+    if problem.steps:
+        # They take the registers of operands kept there.
         fused = fused._replace(KEPT=False)
-    return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused, atomics)
+    elif problem.seqlen_q * problem.group <= row["claimed_rows"] * share and not _stops_early(problem):
+        fused = fused._replace(**row["claimed"])
+    # Sums cost by the row, a second kernel by the key that a row sees.
+    pays = problem.seqlen_k >= row["fused_keys"] * share and set(problem.steps) <= set(row["fused_steps"])
+    return BackwardConfig(keys, queries, fused, pays and not problem.deterministic)
+
+
+def _stops_early(problem: Problem) -> bool:
+    """Whether the rows that see a key may stop before the last one. At head dim 128 shared memory has no room for these
+    numbers of a second task."""
+    return problem.mask.bounds_left or bool(problem.lengths)
 
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
@@ -100,6 +112,8 @@ def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
         yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
     if config.atomics and config.fused is None:
         yield "it has no kernel with atomics for head dims above 128"
+    if config.keys.TASKS > 1:
+        yield "programs claim tasks in the kernel with atomics alone"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:

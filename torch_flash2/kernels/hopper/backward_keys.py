@@ -300,18 +300,24 @@ def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, tas
     m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
     n = task.n0 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
-    mine = (home * SHAPE.GROUPS + WG) * CHUNKS_D + gl.minimum(m0, 0)
-    mine_v = (home * SHAPE.GROUPS + WG) * CHUNKS_V + gl.minimum(m0, 0)
+    again = gl.minimum(m0, 0)
+    if SHAPE.AHEAD and not MASKED:
+        # Another 0 for this body: where both compute equal addresses, ptxas 12.8 leaves out some of the second's, here
+        # with Triton 3.7 (test/machine_code.py). Elsewhere it would cost registers.
+        again = gl.minimum(i, 0)
+        slot += again
+        slot_v += again
+    mine = home * SHAPE.GROUPS + WG + again
     if SHAPE.AHEAD:
         s = following
     else:
         filled(q, j, SHAPE.STAGES)
         if LENGTHS:
             _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
-        s = scores_of(kept[0], k, mine, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
+        s = scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
     lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
     filled(do, j, SHAPE.STAGES_V)
-    dp = scores_of(kept[1], v, mine_v, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
+    dp = scores_of(kept[1], v, mine * CHUNKS_V, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
     if not SHAPE.AHEAD:
         s = warpgroup_mma_wait(CHUNKS_V, (s,))
     x, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
@@ -333,7 +339,7 @@ def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, tas
         if LENGTHS:
             if more:
                 _clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
-        following = scores_of(kept[0], k, mine, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
+        following = scores_of(kept[0], k, mine * CHUNKS_D, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
     ds = weight * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
         # A masked value may be NaN, and 0 * NaN is NaN.
@@ -342,7 +348,7 @@ def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, tas
     SHARED_SUMS: gl.constexpr = rule.aside is not None and not SHAPE.APART
     COLS: gl.constexpr = WIDTH_D // SHAPE.GROUPS
     if SHARED_SUMS:
-        dq = _query_gradient(ds, j, k, home * SHAPE.GROUPS + gl.minimum(m0, 0), exchange, WG, SHAPE)
+        dq = _query_gradient(ds, j, k, home * SHAPE.GROUPS + again, exchange, WG, SHAPE)
     elif rule.aside is not None:
         freed(exchange, j, 2)
         exchange.data.index(j % 2 * SHAPE.GROUPS + WG).store(ds)
