@@ -93,9 +93,11 @@ def config(problem: Problem) -> BackwardConfig:
     if problem.steps:
         # They take the registers of operands kept there.
         fused = fused._replace(KEPT=False)
-    elif problem.seqlen_q * problem.group <= row["claimed_rows"] * share and not _stops_early(problem):
-        fused = fused._replace(**row["claimed"])
-    # Sums cost by the row, a second kernel by the key that a row sees.
+    elif not _stops_early(problem):
+        # Where tasks are short, what comes before and after one takes its share: it goes on beside another task.
+        rows = problem.seqlen_q * problem.group
+        fused = fused._replace(**next((c["changes"] for c in row["claimed"] if rows <= c["rows"] * share), {}))
+    # Sums cost by the row, a second kernel by the key that a row sees; of some score steps accumulators would spill.
     pays = problem.seqlen_k >= row["fused_keys"] * share and set(problem.steps) <= set(row["fused_steps"])
     return BackwardConfig(keys, queries, fused, pays and not problem.deterministic)
 
@@ -121,8 +123,9 @@ def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     base = config(problem)
     if base.fused is not None and base.atomics:
         # Of three buffers of head dim 128 ptxas 12.8 makes wrong code (test/machine_code.py finds it).
-        for stages, stages_v in ((2, 2), (2, 4), (4, 2), (4, 4)):
-            yield base._replace(fused=base.fused._replace(STAGES=stages, STAGES_V=stages_v))
+        for stages, stages_v, tasks in ((2, 2, 1), (2, 4, 1), (4, 2, 1), (4, 4, 1), (2, 2, 2), (4, 4, 2)):
+            fused = base.fused._replace(STAGES=stages, STAGES_V=stages_v, TASKS=tasks)
+            yield base._replace(fused=fused)
     for block in (64, 128):
         for stages in (2, 3):
             buffers = {"STAGES": stages, "STAGES_V": stages}

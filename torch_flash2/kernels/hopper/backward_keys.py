@@ -574,7 +574,6 @@ def backward_keys(
     SHARED: gl.constexpr = SHAPE.SHARED
     DTYPE: gl.constexpr = q.dtype
     KEYS: gl.constexpr = 1 if SHARED else GROUPS
-    BLOCK_N: gl.constexpr = 64 * KEYS
     inputs = BackwardInputs(q, k, v, do, stats)
     dk_to = Gradient(dk, outputs.k)
     dv_to = Gradient(dv, outputs.v)
