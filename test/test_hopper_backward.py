@@ -18,13 +18,13 @@ from torch_flash2.testing import Case
 pytest.importorskip("triton")
 
 
-def compiled(width: tuple[int, int], feature: str, atomics: bool) -> tuple[Any, dict[str, Any]]:
+def compiled(width: tuple[int, int], feature: str, atomics: bool, seqlen: int = 4096) -> tuple[Any, dict[str, Any]]:
     """The configuration and the Gluon kernels, by name, of a backward."""
     from torch_flash2.kernels.triton import offline
 
     changes = dict(FEATURES[feature])
     segments = len(changes.get("documents", (1,)))
-    case = Case("x", segments, 4, 2, 4096, 4096, *width, "bf16", **changes)
+    case = Case("x", segments, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
     posed, call = compile_all.posed(case, "backward", "sm90")
     plan = dispatch.select(posed, dispatch.encode_force("hopper", {"atomics": atomics}))
     kernels = offline.compile_call(plan.module, plan.problem, plan.config, call)
@@ -64,11 +64,21 @@ def test_main_loops(width: tuple[int, int], feature: str, atomics: bool) -> None
         loops = main_loops(kernels["backward_queries"], products, chosen.BLOCK // 2)
         assert len(loops) == chosen.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"
         _few_spills(loops)
-    chosen = config.fused if atomics else config.keys
+    _keys_loops(width, config.fused if atomics else config.keys, kernels["backward_keys"], atomics)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("head_dim", "seqlen"), [(64, 256), (64, 1024), (128, 256)])
+def test_main_loops_where_programs_claim_tasks(head_dim: int, seqlen: int) -> None:
+    config, kernels = compiled((head_dim, head_dim), "causal", True, seqlen)
+    assert config.fused.TASKS == 2
+    _keys_loops((head_dim, head_dim), config.fused, kernels["backward_keys"], True)
+
+
+def _keys_loops(width: tuple[int, int], chosen: Any, kernel: Any, atomics: bool) -> None:
     rows = chosen.BLOCK // 16
     of_values = steps(width[0], chosen.WIDTH_D) + -(-width[1] // chosen.WIDTH_V) * rows
     of_scores = steps(width[1], chosen.WIDTH_V) + -(-width[0] // chosen.WIDTH_D) * rows
-    kernel = kernels["backward_keys"]
     if chosen.SHARED:
         _few_spills(found := main_loops(kernel, of_values, chosen.BLOCK // 2))
         assert len(found) == 1
@@ -115,13 +125,15 @@ def test_atomics_run_where_deterministic_algorithms_are_off(head_dim: int, fused
 
 @pytest.mark.parametrize(("head_dim", "softcap", "fused"), [(64, None, True), (64, 30.0, True), (128, None, False)])
 def test_few_keys_do_not_pay_for_sums(head_dim: int, softcap: float | None, fused: bool) -> None:
-    case = Case("x", 16, 2, 2, 1024, 1024, head_dim, head_dim, "bf16", "causal", softcap=softcap)
+    case = Case("x", 32, 2, 2, 512, 512, head_dim, head_dim, "bf16", "causal", softcap=softcap)
     posed, _ = compile_all.posed(case, "backward", "sm90")
     assert dispatch.select(posed, "hopper").config.atomics == fused
     long = dataclasses.replace(posed, seqlen_q=4096, seqlen_k=4096)
     assert dispatch.select(long, "hopper").config.atomics
-    scored = dataclasses.replace(long, steps=("softcap",))
-    assert dispatch.select(scored, "hopper").config.atomics == (head_dim == 64)
+    capped = dataclasses.replace(long, steps=("softcap",))
+    assert dispatch.select(capped, "hopper").config.atomics
+    biased = dataclasses.replace(long, steps=("alibi",))
+    assert dispatch.select(biased, "hopper").config.atomics == (head_dim == 64)
 
 
 @pytest.fixture(params=[False, True], ids=["pair", "atomics"])
@@ -191,6 +203,21 @@ def test_other_documents_and_padding_do_not_reach_a_gradient(force: None) -> Non
     for before, after in zip(clean, dirty, strict=True):
         torch.testing.assert_close(after, before, atol=1e-2, rtol=1e-2)
         assert (after[:, :, 650:] == 0).all()
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_programs_claim_tasks(head_dim: int, mask: str) -> None:
+    """Far more tasks than programs: dK and dV have the bits that they have with a program for each task."""
+    q, k, v, grad = (torch.randn(16, 16, 440, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    found = []
+    for tasks in (1, 2):
+        with torch_flash2.force("hopper", {"atomics": True, "fused": {"STAGES": 2, "TASKS": tasks}}):
+            found.append(gradients(q, k, v, grad, mask=mask))
+    assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][2], found[1][2])
+    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ... import problem as problem_module
 from ...problem import Call, Gradients, Problem, Saved
-from ..bundles import Mode, RowStats, Strided, coded
+from ..bundles import RowStats, Strided, coded
 from ..triton import launching, recording, tables
 from ..triton.statistics import CLEARED, launch_stats, sink_gradient
 from . import calls
@@ -33,7 +33,8 @@ class Config(NamedTuple):
     """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
     keys, whether S of the next tile is issued before dS of this one, whether dQ's products have a warpgroup of their
-    own, and whether keys and values stay in registers."""
+    own, whether keys and values stay in registers, and of how many tasks they are on the chip: 2 where programs claim
+    tasks, one after the other."""
 
     GROUPS: int
     BLOCK: int
@@ -45,6 +46,7 @@ class Config(NamedTuple):
     AHEAD: bool = False
     APART: bool = False
     KEPT: bool = False
+    TASKS: int = 1
 
 
 class BackwardConfig(NamedTuple):
@@ -82,15 +84,28 @@ def config(problem: Problem) -> BackwardConfig:
         for row in calls.table("backward_configs.json")
         if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
-    fused = None if row["fused"] is None else Config(**row["fused"])
-    # Sums cost by the row, a second kernel by the key that a row sees, of which a mask leaves about half.
-    keys = problem.seqlen_k // 2 if problem.mask.bands else problem.seqlen_k
-    atomics = fused is not None and not problem.deterministic and keys >= row["fused_keys"]
-    if fused is not None and problem.steps:
-        # Score steps take registers: those of operands kept there, and where there are none, accumulators would spill.
-        atomics = atomics and fused.KEPT
+    keys, queries = Config(**row["keys"]), Config(**row["queries"])
+    if row["fused"] is None:
+        return BackwardConfig(keys, queries)
+    fused = Config(**row["fused"])
+    # A mask leaves about half of the keys that a row could see, and of the rows that see a key.
+    share = 2 if problem.mask.bands else 1
+    if problem.steps:
+        # They take the registers of operands kept there.
         fused = fused._replace(KEPT=False)
-    return BackwardConfig(Config(**row["keys"]), Config(**row["queries"]), fused, atomics)
+    elif not _stops_early(problem):
+        # Where tasks are short, what comes before and after one takes its share: it goes on beside another task.
+        rows = problem.seqlen_q * problem.group
+        fused = fused._replace(**next((c["changes"] for c in row["claimed"] if rows <= c["rows"] * share), {}))
+    # Sums cost by the row, a second kernel by the key that a row sees; of some score steps accumulators would spill.
+    pays = problem.seqlen_k >= row["fused_keys"] * share and set(problem.steps) <= set(row["fused_steps"])
+    return BackwardConfig(keys, queries, fused, pays and not problem.deterministic)
+
+
+def _stops_early(problem: Problem) -> bool:
+    """Whether the rows that see a key may stop before the last one. At head dim 128 shared memory has no room for these
+    numbers of a second task."""
+    return problem.mask.bounds_left or bool(problem.lengths)
 
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
@@ -99,6 +114,8 @@ def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
         yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
     if config.atomics and config.fused is None:
         yield "it has no kernel with atomics for head dims above 128"
+    if config.keys.TASKS > 1:
+        yield "programs claim tasks in the kernel with atomics alone"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
@@ -106,8 +123,9 @@ def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     base = config(problem)
     if base.fused is not None and base.atomics:
         # Of three buffers of head dim 128 ptxas 12.8 makes wrong code (test/machine_code.py finds it).
-        for stages, stages_v in ((2, 2), (2, 4), (4, 2), (4, 4)):
-            yield base._replace(fused=base.fused._replace(STAGES=stages, STAGES_V=stages_v))
+        for stages, stages_v, tasks in ((2, 2, 1), (2, 4, 1), (4, 2, 1), (4, 4, 1), (2, 2, 2), (4, 4, 2)):
+            fused = base.fused._replace(STAGES=stages, STAGES_V=stages_v, TASKS=tasks)
+            yield base._replace(fused=fused)
     for block in (64, 128):
         for stages in (2, 3):
             buffers = {"STAGES": stages, "STAGES_V": stages}
@@ -132,6 +150,7 @@ def _shape(problem: Problem, config: Config) -> BackwardShape:
         config.AHEAD,
         config.APART,
         config.KEPT,
+        config.TASKS,
     )
 
 
@@ -173,8 +192,8 @@ def record(
 ) -> tuple[Gradients, recording.Recording | None]:
     """Run it, and record it for calls alike."""
     if 0 not in call.query.shape:
-        # Zeros that are there already are not computed while the launch is recorded.
-        launching.keep_zeros(call.query.device, _tiles(problem, config.queries, call))
+        # Zeros that are there already are not computed while the launch is recorded; the smallest tiles have 64 rows.
+        launching.keep_zeros(call.query.device, _tiles(problem, call, 64))
     return recording.record(launch, problem, config, call, saved)
 
 
@@ -196,26 +215,33 @@ def _launch_keys(
     value = torch.empty_like(call.value) if found.value is None else found.value
     keys = 64 * (1 if config.SHARED else config.GROUPS)
     vector = gl.NVMMASharedLayout(0, 32, 1)
+    programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], keys)
+    counter = None
+    if config.TASKS > 1:
+        assert sums is not None
+        counter = sums.view(torch.int32)[-4:]
     arguments = (
         *_inputs(config, call, grad_out, config.BLOCK, 64),
         # delta lies behind lse2.
         TensorDescriptor(stats.lse2, [2 * stats.lse2.numel()], [1], [config.BLOCK], vector),
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
-        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums),
+        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter),
         coded(_swizzle(problem, call)),
+        coded(programs),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),
     )
-    programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], keys)
+    if config.TASKS > 1:
+        programs = min(programs, problem.hardware.multiprocessors)
     launching.launch(backward_keys, programs, call.query.device, arguments, num_warps=4)
 
 
 def _sums(problem: Problem, config: Config, call: Call) -> torch.Tensor:
-    """Room for the sums of dQ, fp32: for each tile of rows a tile of products."""
-    programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK)
-    size = triton.cdiv(programs * config.BLOCK * config.WIDTH_D, CLEARED.value) * CLEARED.value
+    """Room for the sums of dQ, fp32: for each tile of rows a tile of products; and a number to claim tasks by."""
+    programs = _tiles(problem, call, config.BLOCK)
+    size = triton.cdiv(programs * config.BLOCK * config.WIDTH_D + 4, CLEARED.value) * CLEARED.value
     return torch.empty(size, dtype=torch.float32, device=call.query.device)
 
 
@@ -223,22 +249,16 @@ def _finish_queries(
     problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor,
     sums: torch.Tensor,
 ) -> None:  # fmt: skip
-    programs = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], config.BLOCK)
+    flags = _flags(problem, call, config.BLOCK)
+    spans, sizes, _, scoring, _ = launching.bundle(problem, call)
     # How many parts, side by side, the warpgroups make.
     parts = 1 if config.APART else config.GROUPS
-    tensors = (Strided.of(tensor) for tensor in (call.query, call.key, call.value, grad_out))
     arguments = (
-        sums,
-        *tensors,
-        stats,
-        Strided.of(grad_q),
-        *launching.bundle(problem, call),
-        config.WIDTH_D // parts,
-        parts,
-        _repair_mode(problem, config.BLOCK),
-        launching.steps(problem),
-    )
+        sums, Strided.of(grad_q), flags, spans, sizes, scoring, config.BLOCK, config.WIDTH_D // parts, parts
+    )  # fmt: skip
+    programs = _tiles(problem, call, config.BLOCK)
     launching.launch(finish_queries, programs, call.query.device, arguments, num_warps=4, num_stages=1)
+    _repair_queries(problem, call, grad_out, stats, grad_q, flags, config.BLOCK)
 
 
 def _swizzle(problem: Problem, call: Call) -> int:
@@ -250,36 +270,53 @@ def _swizzle(problem: Problem, call: Call) -> int:
     return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch))
 
 
-def _tiles(problem: Problem, config: Config, call: Call) -> int:
-    """How many tiles of query rows there are."""
-    return launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], 64 * config.GROUPS)
+def _tiles(problem: Problem, call: Call, rows: int) -> int:
+    """How many tiles of so many query rows there are."""
+    return launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], rows)
+
+
+def _flags(problem: Problem, call: Call, rows: int) -> torch.Tensor | None:
+    """Zeros to mark tiles of so many rows in, or None where no NaN can lie behind a mask."""
+    return launching.zeros(call.query.device, _tiles(problem, call, rows)) if calls.hides(problem) else None
 
 
 def _launch_queries(
     problem: Problem, config: Config, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor
 ) -> None:  # fmt: skip
-    programs = _tiles(problem, config, call)
-    flags = launching.zeros(call.query.device, programs) if calls.hides(problem) else None
-    bundle = launching.bundle(problem, call)
-    steps = launching.steps(problem)
+    rows = 64 * config.GROUPS
+    flags = _flags(problem, call, rows)
     arguments = (
         *_inputs(config, call, grad_out, 64, config.BLOCK),
         descriptor(grad_q, 64, config.WIDTH_D),
         QueryOutputs(Strided.of(grad_q), stats, flags),
         coded(calls.swizzle(problem, call)),
-        *bundle,
+        *launching.bundle(problem, call),
         _shape(problem, config),
-        steps,
+        launching.steps(problem),
     )
-    launching.launch(backward_queries, programs, call.query.device, arguments, num_warps=4)
+    launching.launch(backward_queries, _tiles(problem, call, rows), call.query.device, arguments, num_warps=4)
+    _repair_queries(problem, call, grad_out, stats, grad_q, flags, rows)
+
+
+def _repair_queries(
+    problem: Problem, call: Call, grad_out: torch.Tensor, stats: RowStats, grad_q: torch.Tensor,
+    flags: torch.Tensor | None, rows: int,
+) -> None:  # fmt: skip
+    """dQ again of the marked tiles of so many rows."""
     if flags is None:
         return
-    mode = _repair_mode(problem, 64 * config.GROUPS)
+    programs = _tiles(problem, call, rows)
     tensors = (Strided.of(tensor) for tensor in (call.query, call.key, call.value, grad_out))
-    repair = (flags, coded(programs), *tensors, stats, Strided.of(grad_q), *bundle, mode, steps)
+    mode = launching.mode(problem, tables.backward(problem).q._replace(BLOCK_M=rows), rows)
+    arguments = (
+        flags,
+        coded(programs),
+        *tensors,
+        stats,
+        Strided.of(grad_q),
+        *launching.bundle(problem, call),
+        mode,
+        launching.steps(problem),
+    )
     repairers = min(programs, REPAIRERS * problem.hardware.multiprocessors)
-    launching.launch(repair_queries, repairers, call.query.device, repair, num_warps=8, num_stages=1)
-
-
-def _repair_mode(problem: Problem, rows: int) -> Mode:
-    return launching.mode(problem, tables.backward(problem).q._replace(BLOCK_M=rows), rows)
+    launching.launch(repair_queries, repairers, call.query.device, arguments, num_warps=rows // 16, num_stages=1)

@@ -23,16 +23,24 @@ from .backward_pipeline import (
     BackwardRule,
     Fixed,
     Gradient,
+    KeyTasks,
     Streams,
     accumulate,
     add_tile,
     clean,
     copy_vector,
+    end_key_tasks,
     filled,
+    free_key_task,
     freed,
+    get_key_task,
+    integers,
+    key_place,
     key_task,
     left_operand,
     outer,
+    put_key_task,
+    read_key_task,
     resident_tiles,
     scored,
     scores_of,
@@ -53,8 +61,53 @@ def _sync(THREADS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(inputs, stats, streams, fixed, task, rule, KEYS: gl.constexpr, SHAPE: gl.constexpr):
-    """The producer warp: the keys' tiles once, then queries and output gradients of every head of the group."""
+def _load_keys(inputs, place, slot, k, v, KEYS: gl.constexpr, SHAPE: gl.constexpr):
+    """Load the tiles of keys and values of a task."""
+    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
+    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    mbarrier.expect(k.filled.index(slot), 64 * KEYS * WIDTH_D * CHUNKS_D * 2)
+    for w in gl.static_range(KEYS):
+        load_tiles(inputs.k, place.start, place.batch, place.h, place.n0 + w * 64, k.filled.index(slot), k.data,
+                   (slot * KEYS + w) * CHUNKS_D, WIDTH_D, CHUNKS_D)  # fmt: skip
+    mbarrier.expect(v.filled.index(slot), 64 * KEYS * WIDTH_V * CHUNKS_V * 2)
+    for w in gl.static_range(KEYS):
+        load_tiles(inputs.v, place.start, place.batch, place.h, place.n0 + w * 64, v.filled.index(slot), v.data,
+                   (slot * KEYS + w) * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
+
+
+@gluon.jit
+def _produce(inputs, outputs, swizzle, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
+             SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+    """The producer warp: it claims tasks, and loads of each the keys and values and then what passes them."""
+    turn = total * 0
+    at = total * 0
+    index = gl.program_id(0)
+    while index < total:
+        place = key_place(index, swizzle, rule.spans, rule.sizes, 64 * KEYS)
+        slot = turn % SHAPE.TASKS
+        freed(fixed.tasks, turn, SHAPE.TASKS)
+        _load_keys(inputs, place, slot, fixed.k, fixed.v, KEYS, SHAPE)
+        task, starts, stops = key_task(
+            place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, LENGTH, SHAPE.BOTTOM_RIGHT, STEPS
+        )
+        put_key_task(fixed.tasks, slot, task, starts, stops)
+        _load_rows(inputs, outputs.stats, streams, at, task, rule, SHAPE)
+        at += task.count * rule.sizes.group
+        turn += 1
+        index = total
+        if SHAPE.TASKS > 1:
+            # Now that the task's last rows are on their way: who claims early may be left with a long task at the end.
+            index = gl.num_programs(0) + gl.atomic_add(outputs.counter, 1)
+    if SHAPE.TASKS > 1:
+        freed(fixed.tasks, turn, SHAPE.TASKS)
+        end_key_tasks(fixed.tasks, turn % SHAPE.TASKS)
+
+
+@gluon.jit
+def _load_rows(inputs, stats, streams, first, task, rule, SHAPE: gl.constexpr):
+    """Load queries and output gradients of every head of the group, from the first-th fill of their rings on."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -63,14 +116,9 @@ def _produce(inputs, stats, streams, fixed, task, rule, KEYS: gl.constexpr, SHAP
     # Bytes of each of lse2 and delta that come by TMA.
     VECTOR: gl.constexpr = 4 if rule.spans.cu_q is None else 0
     q, do, lse2, delta, _ = streams
-    k, v, _ = fixed
-    mbarrier.expect(k.filled.index(0), 64 * KEYS * WIDTH_D * CHUNKS_D * 2)
-    for w in gl.static_range(KEYS):
-        load_tiles(inputs.k, task.start_k, task.batch_k, task.h, task.n0 + w * 64, k.filled.index(0), k.data,
-                   w * CHUNKS_D, WIDTH_D, CHUNKS_D)  # fmt: skip
     h = task.h * rule.sizes.group
     i = task.count * 0
-    for j in range(task.count * rule.sizes.group):
+    for j in range(first, first + task.count * rule.sizes.group):
         row = task.start + i * BLOCK_M
         at = (task.batch_q * rule.sizes.H + h) * rule.pitch + task.start_q + row
         freed(q, j, SHAPE.STAGES)
@@ -82,11 +130,6 @@ def _produce(inputs, stats, streams, fixed, task, rule, KEYS: gl.constexpr, SHAP
             compat.load(inputs.stats, [at], q.filled.index(slot), lse2.data.index(slot))
         else:
             copy_vector(lse2, slot, stats.lse2 + at, BLOCK_M)
-        if j == 0:
-            mbarrier.expect(v.filled.index(0), 64 * KEYS * WIDTH_V * CHUNKS_V * 2)
-            for w in gl.static_range(KEYS):
-                load_tiles(inputs.v, task.start_k, task.batch_k, task.h, task.n0 + w * 64, v.filled.index(0), v.data,
-                           w * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
         freed(do, j, SHAPE.STAGES_V)
         slot_v = j % SHAPE.STAGES_V
         mbarrier.expect(do.filled.index(slot_v), BLOCK_M * (WIDTH_V * CHUNKS_V * 2 + VECTOR))
@@ -144,7 +187,7 @@ def _clean_rows(j, m0, streams, task, rule, WG: gl.constexpr, SHAPE: gl.constexp
 
 
 @gluon.jit
-def _query_gradient(ds, j, k, again, exchange, WG: gl.constexpr, SHAPE: gl.constexpr):
+def _query_gradient(ds, j, k, home, exchange, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Issue this warpgroup's columns of dQ [BLOCK_M, WIDTH_D / GROUPS] of all keys of the program, from dS^T of all
     warpgroups, which meet in shared memory; GROUPS products in flight."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
@@ -158,7 +201,7 @@ def _query_gradient(ds, j, k, again, exchange, WG: gl.constexpr, SHAPE: gl.const
     _sync(128 * GROUPS)
     dq = gl.zeros([BLOCK_M, COLS], gl.float32, ACC)
     for g in gl.static_range(GROUPS):
-        keys = view(k.data, g + again, 64, WIDTH_D).slice(WG * COLS, COLS, dim=1)
+        keys = view(k.data, home + g, 64, WIDTH_D).slice(WG * COLS, COLS, dim=1)
         dq = warpgroup_mma(exchange.index(first + g).permute((1, 0)), keys, dq, use_acc=g > 0, is_async=True)
     return dq
 
@@ -176,28 +219,48 @@ def _sums_tile(h, tile, task, rule, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _sum_queries(streams, fixed, task, rule, SHAPE: gl.constexpr):
+def _sum_queries(streams, fixed, rule, SHAPE: gl.constexpr):
     """The warpgroup of dQ, where it has one of its own: dS^T of the others times the keys, added to the sums."""
+    if SHAPE.TASKS == 1:
+        _sum_next(0, 0, streams, fixed, rule, SHAPE)
+    else:
+        turn = gl.to_tensor(0)
+        at = gl.to_tensor(0)
+        going = gl.to_tensor(1)
+        while going > 0:
+            _sum_next(turn, at, streams, fixed, rule, SHAPE)
+            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
+            turn += 1
+
+
+@gluon.jit
+def _sum_next(turn, at, streams, fixed, rule, SHAPE: gl.constexpr):
+    """The turn-th task, if there is one."""
+    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
+    if task.count >= 0:
+        filled(fixed.k, turn, SHAPE.TASKS)
+        _sum_task(at, turn % SHAPE.TASKS, streams[4], fixed.k, task, rule, SHAPE)
+
+
+@gluon.jit
+def _sum_task(first, slot, exchange, k, task, rule, SHAPE: gl.constexpr):
+    """dQ's part of one task, from the first-th fill of the exchange on."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     GROUPS: gl.constexpr = SHAPE.GROUPS
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_D, 16])
-    exchange = streams[4]
-    k = fixed[0]
     h = task.h * rule.sizes.group
     i = task.count * 0
-    mbarrier.wait(k.filled.index(0), 0)
-    for j in range(task.count * rule.sizes.group):
-        slot = j % 2
+    for j in range(first, first + task.count * rule.sizes.group):
         tile = task.start // BLOCK_M + i
-        again = gl.minimum(i, 0)
+        home = slot * GROUPS + gl.minimum(i, 0)
         filled(exchange, j, 2)
         dq = gl.zeros([BLOCK_M, WIDTH_D], gl.float32, ACC)
         for g in gl.static_range(GROUPS):
-            rows = exchange.data.index(slot * GROUPS + g).permute((1, 0))
-            dq = warpgroup_mma(rows, view(k.data, g + again, 64, WIDTH_D), dq, use_acc=g > 0, is_async=True)
+            rows = exchange.data.index(j % 2 * GROUPS + g).permute((1, 0))
+            dq = warpgroup_mma(rows, view(k.data, home + g, 64, WIDTH_D), dq, use_acc=g > 0, is_async=True)
         dq = warpgroup_mma_wait(0, (dq,))
-        mbarrier.arrive(exchange.free.index(slot))
+        mbarrier.arrive(exchange.free.index(j % 2))
         add_tile(_sums_tile(h, tile, task, rule, SHAPE), dq, BLOCK_M, WIDTH_D)
         h, i = _advance(h, i, task, SHAPE)
 
@@ -213,11 +276,11 @@ def _landed_beside(x, acc, PENDING: gl.constexpr):
 
 
 @gluon.jit
-def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.constexpr,
+def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, task, rule, WG: gl.constexpr,
           MASKED: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
-    """dK and dV with the j-th tile of rows, the i-th of head h, and dQ's part where it is summed here. With `AHEAD`
-    `following` are the tile's products with the keys, and those of the next tile come back; `kept` are keys and values
-    in registers, or None."""
+    """dK and dV with the j-th tile of rows, of which the task's last is before the stop-th, the i-th of head h, and
+    dQ's part where it is summed here; the keys are in the home-th buffer. With `AHEAD` `following` are the tile's
+    products with the keys, and those of the next tile come back; `kept` are keys and values in registers, or None."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -229,7 +292,7 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
     LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
     q, do, lse2s, deltas, exchange = streams
-    k, v, bounds = fixed
+    k, v, tasks = fixed
     DTYPE: gl.constexpr = q.data.dtype
     slot = j % SHAPE.STAGES
     slot_v = j % SHAPE.STAGES_V
@@ -244,22 +307,23 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
         again = gl.minimum(i, 0)
         slot += again
         slot_v += again
+    mine = home * SHAPE.GROUPS + WG + again
     if SHAPE.AHEAD:
         s = following
     else:
         filled(q, j, SHAPE.STAGES)
         if LENGTHS:
             _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
-        s = scores_of(kept[0], k, WG * CHUNKS_D + again, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
+        s = scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
     lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
     filled(do, j, SHAPE.STAGES_V)
-    dp = scores_of(kept[1], v, WG * CHUNKS_V + again, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
+    dp = scores_of(kept[1], v, mine * CHUNKS_V, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
     if not SHAPE.AHEAD:
         s = warpgroup_mma_wait(CHUNKS_V, (s,))
     x, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
     p = gl.exp2(x * rule.scoring.scale2 - lse2[None, :])
     if MASKED:
-        p = gl.where(seen_by_keys(bounds, m, WG * 64, S), p, 0.0)
+        p = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), p, 0.0)
     # Before the next branch: P and the slope both, in fp32, would be spilled there.
     weight = p * slope
     dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
@@ -269,22 +333,22 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
     if SHAPE.AHEAD:
         # S of the next tile, beside dV and the arithmetic of dS.
         _, next_i = _advance(h, i, task, SHAPE)
-        more = j + 1 < task.count * rule.sizes.group
+        more = j + 1 < stop
         ahead = (j + 1) % SHAPE.STAGES
         mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=more)
         if LENGTHS:
             if more:
                 _clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
-        following = scores_of(kept[0], k, WG * CHUNKS_D + again, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
+        following = scores_of(kept[0], k, mine * CHUNKS_D, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
     ds = weight * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
         # A masked value may be NaN, and 0 * NaN is NaN.
-        ds = gl.where(seen_by_keys(bounds, m, WG * 64, S), ds, 0.0)
+        ds = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), ds, 0.0)
     ds = ds.to(DTYPE)
     SHARED_SUMS: gl.constexpr = rule.aside is not None and not SHAPE.APART
     COLS: gl.constexpr = WIDTH_D // SHAPE.GROUPS
     if SHARED_SUMS:
-        dq = _query_gradient(ds, j, k, again, exchange, WG, SHAPE)
+        dq = _query_gradient(ds, j, k, home * SHAPE.GROUPS + again, exchange, WG, SHAPE)
     elif rule.aside is not None:
         freed(exchange, j, 2)
         exchange.data.index(j % 2 * SHAPE.GROUPS + WG).store(ds)
@@ -306,8 +370,35 @@ def _step(j, h, i, now, dk, dv, following, kept, streams, fixed, task, rule, WG:
 
 
 @gluon.jit
-def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """A warpgroup: dK and dV of 64 keys, and dQ's part where it is summed here."""
+def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """A warpgroup: of each task dK and dV of 64 keys, and dQ's part where it is summed here."""
+    if SHAPE.TASKS == 1:
+        _consume_next(WG, 0, 0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)
+    else:
+        turn = gl.to_tensor(0)
+        at = gl.to_tensor(0)
+        going = gl.to_tensor(1)
+        while going > 0:
+            _consume_next(WG, turn, at, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)
+            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
+            turn += 1
+
+
+@gluon.jit
+def _consume_next(WG: gl.constexpr, turn, at, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.constexpr,
+                  STEPS: gl.constexpr):  # fmt: skip
+    """The turn-th task, if there is one."""
+    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
+    if task.count >= 0:
+        filled(fixed.k, turn, SHAPE.TASKS)
+        filled(fixed.v, turn, SHAPE.TASKS)
+        _task_gradients(WG, at, turn % SHAPE.TASKS, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)
+
+
+@gluon.jit
+def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed, task, rule, SHAPE: gl.constexpr,
+                    STEPS: gl.constexpr):  # fmt: skip
+    """A warpgroup's part of a task, whose keys are in the home-th buffer, from the first-th fill of the rings on."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -321,51 +412,55 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, task, rule, SHAPE: 
     steps = _steps_of(h, task, rule, STEPS)
     i = task.count * 0
     some = task.count > 0
-    total = task.count * rule.sizes.group
-    mbarrier.wait(k.filled.index(0), 0)
-    mbarrier.wait(v.filled.index(0), 0, pred=some)
+    stop = first + task.count * rule.sizes.group
+    mine = home * SHAPE.GROUPS + WG
     kept = (None, None)
     if SHAPE.KEPT:
-        kept = (left_operand(k, WG, BLOCK_M, WIDTH_D), left_operand(v, WG, BLOCK_M, WIDTH_V))
+        kept = (left_operand(k, mine, BLOCK_M, WIDTH_D), left_operand(v, mine, BLOCK_M, WIDTH_V))
     s = task.start * 0
     if SHAPE.AHEAD:
-        mbarrier.wait(q.filled.index(0), 0, pred=some)
+        slot = first % SHAPE.STAGES
+        mbarrier.wait(q.filled.index(slot), (first // SHAPE.STAGES) & 1, pred=some)
         if rule.spans.cu_q is not None or rule.spans.used_q is not None:
             if some:
-                _clean_rows(0, task.start, streams, task, rule, WG, SHAPE)
-        s = warpgroup_mma_wait(0, (scores_of(kept[0], k, WG * CHUNKS_D, q, 0, BLOCK_M, WIDTH_D, CHUNKS_D),))
+                _clean_rows(first, task.start, streams, task, rule, WG, SHAPE)
+        s = warpgroup_mma_wait(0, (scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D),))
     full_stop = task.full_stop
     if rule.aside is not None:
         # dQ sums over keys: those past the end must not count.
         full_stop = gl.where(task.n0 + 64 * SHAPE.GROUPS > task.used_k, 0, full_stop)
-    for j in range(total):
+    for j in range(first, stop):
         m0 = task.start + i * BLOCK_M
         now = steps
         if SHAPE.GROUPED:
             now = _steps_of(h, task, rule, STEPS)
         # Two bodies, so that a tile without a mask is worked on without a branch.
         if (m0 < task.full_start) | (m0 >= full_stop):
-            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, streams, fixed, task, rule, WG, True, SHAPE, STEPS)
+            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, stop, home, streams, fixed, task, rule, WG, True,
+                              SHAPE, STEPS)  # fmt: skip
         else:
-            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, streams, fixed, task, rule, WG, False, SHAPE, STEPS)
+            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, stop, home, streams, fixed, task, rule, WG, False,
+                              SHAPE, STEPS)  # fmt: skip
         h, i = _advance(h, i, task, SHAPE)
+    task = read_key_task(fixed.tasks, home)
     row = task.n0 + WG * 64
-    store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, WG * CHUNKS_V, row, task.stored, task.used_k,
+    store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, mine * CHUNKS_V, row, task.stored, task.used_k,
                    task.batch_k, task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
     # dK leaves through the tiles of keys, which dQ's products read.
     if rule.aside is not None:
         if SHAPE.APART:
-            freed(exchange, total + 1, 2)
+            freed(exchange, stop + 1, 2)
         else:
             _sync(128 * SHAPE.GROUPS)
-    store_gradient(dk_to, dk, rule.scoring.scale, k.data, WG * CHUNKS_D, row, task.stored, task.used_k, task.batch_k,
+    store_gradient(dk_to, dk, rule.scoring.scale, k.data, mine * CHUNKS_D, row, task.stored, task.used_k, task.batch_k,
                    task.h, task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
     compat.store_wait(0)
 
 
 @gluon.jit
-def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps."""
+    task = get_key_task(fixed.tasks, 0, 1)
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -374,8 +469,9 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
     q, do, lse2s, deltas, exchange = streams
-    k, v, bounds = fixed
+    k, v, tasks = fixed
     DTYPE: gl.constexpr = q.data.dtype
+    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
     n = task.n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
@@ -391,7 +487,7 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
         if SHAPE.GROUPED:
             now = _steps_of(h, task, rule, STEPS)
         filled(q, j, SHAPE.STAGES)
-        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+        if LENGTHS:
             _clean_rows(j, m0, streams, task, rule, 0, SHAPE)
         s = outer(k.data, gl.minimum(m0, 0), q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
         lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
@@ -402,7 +498,7 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
         s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
         p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
-            p = gl.where(seen_by_keys(bounds, m, 0, S), p, 0.0)
+            p = gl.where(seen_by_keys(tasks, 0, m, 0, S), p, 0.0)
         handed.data.index(j % 2).store((p * slope).to(DTYPE))
         mbarrier.arrive(handed.filled.index(j % 2))
         filled(do, j, SHAPE.STAGES_V)
@@ -418,8 +514,9 @@ def _consume_values(dv_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
 
 
 @gluon.jit
-def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The warpgroup of dS and dK, 64 keys, which is handed P."""
+    task = get_key_task(fixed.tasks, 0, 1)
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -428,18 +525,19 @@ def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
     q, do, lse2s, deltas, exchange = streams
-    k, v, bounds = fixed
+    k, v, tasks = fixed
     DTYPE: gl.constexpr = q.data.dtype
+    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
     dk = zeros(WIDTH_D, CHUNKS_D)
     i = task.count * 0
-    mbarrier.wait(v.filled.index(0), 0, pred=task.count > 0)
+    mbarrier.wait(v.filled.index(0), 0)
     for j in range(task.count * rule.sizes.group):
         slot = j % SHAPE.STAGES
         slot_v = j % SHAPE.STAGES_V
         m0 = task.start + i * BLOCK_M
         m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
         filled(do, j, SHAPE.STAGES_V)
-        if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+        if LENGTHS:
             filled(q, j, SHAPE.STAGES)
             _clean_rows(j, m0, streams, task, rule, 1, SHAPE)
         dp = outer(v.data, gl.minimum(m0, 0), do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
@@ -452,7 +550,7 @@ def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
         ds = p * (dp - delta[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             # A masked value may be NaN, and 0 * NaN is NaN.
-            ds = gl.where(seen_by_keys(bounds, m, 0, S), ds, 0.0)
+            ds = gl.where(seen_by_keys(tasks, 0, m, 0, S), ds, 0.0)
         filled(q, j, SHAPE.STAGES)
         dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
         dk = landed(dk, 0)
@@ -466,7 +564,7 @@ def _consume_scores(dk_to, streams, fixed, handed, task, rule, SHAPE: gl.constex
 
 @gluon.jit
 def backward_keys(
-    q, k, v, do, stats, dk, dv, outputs, swizzle, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, do, stats, dk, dv, outputs, swizzle, coded_total, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one key head, summed over the query heads of its group: 64 keys a warpgroup, or
@@ -476,12 +574,11 @@ def backward_keys(
     SHARED: gl.constexpr = SHAPE.SHARED
     DTYPE: gl.constexpr = q.dtype
     KEYS: gl.constexpr = 1 if SHARED else GROUPS
-    BLOCK_N: gl.constexpr = 64 * KEYS
     inputs = BackwardInputs(q, k, v, do, stats)
     dk_to = Gradient(dk, outputs.k)
     dv_to = Gradient(dv, outputs.v)
-    key_tiles = resident_tiles(KEYS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
-    value_tiles = resident_tiles(KEYS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
+    key_tiles = resident_tiles(SHAPE.TASKS, KEYS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
+    value_tiles = resident_tiles(SHAPE.TASKS, KEYS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
     query_tiles = tile_ring(SHAPE.STAGES, GROUPS, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
     do_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     exchange = None
@@ -494,11 +591,15 @@ def backward_keys(
     deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M, do_tiles, spans.cu_q)
     streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
     rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums)
-    task, bounds = key_task(
-        gl.program_id(0), tiles.decoded(swizzle), spans, rule.sizes, rules, BLOCK_N, BLOCK_M, SHAPE.BOTTOM_RIGHT,
-        STEPS, 4,
-    )  # fmt: skip
-    fixed = Fixed(key_tiles, value_tiles, bounds)
+    LENGTH: gl.constexpr = 256 if KEYS > 2 else 128
+    stops = None
+    if SHAPE.LEFT or spans.cu_q is not None or spans.used_q is not None:
+        stops = integers(SHAPE.TASKS, LENGTH)
+    tasks_filled, tasks_free = ring_barriers(SHAPE.TASKS, GROUPS + 1 if SHAPE.APART else GROUPS)
+    tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, LENGTH), stops, tasks_filled, tasks_free)
+    fixed = Fixed(key_tiles, value_tiles, tasks)
+    total = tiles.decoded(coded_total)
+    number = tiles.decoded(swizzle)
     if SHARED:
         handed_filled, handed_free = ring_barriers(2, 1)
         handed_data = gl.allocate_shared_memory(DTYPE, [2, 64, BLOCK_M], matrix(BLOCK_M, 2))
@@ -506,9 +607,9 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume_values, (dv_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
-                (_consume_scores, (dk_to, streams, fixed, handed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_consume_values, (dv_to, streams, fixed, handed, rule, SHAPE, STEPS)),
+                (_consume_scores, (dk_to, streams, fixed, handed, rule, SHAPE, STEPS)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -517,10 +618,10 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_sum_queries, (streams, fixed, task, rule, SHAPE)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_sum_queries, (streams, fixed, rule, SHAPE)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [208, 64, 24],
@@ -529,9 +630,9 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -540,10 +641,10 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume, (0, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_consume, (1, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_consume, (2, dk_to, dv_to, streams, fixed, task, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs.stats, streams, fixed, task, rule, KEYS, SHAPE)),
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (2, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [160, 160, 24],

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..bundles import Rows
 from ..device import bands, scores, tiles
 from . import compat
-from .pipeline import Ring, barriers, matrix, ring_barriers
+from .pipeline import FIELDS, Ring, barriers, field, matrix, ring_barriers
 
 
 class BackwardShape(NamedTuple):
@@ -43,6 +43,7 @@ class BackwardShape(NamedTuple):
     AHEAD: bool
     APART: bool
     KEPT: bool
+    TASKS: int
 
 
 class BackwardInputs(NamedTuple):
@@ -57,12 +58,13 @@ class BackwardInputs(NamedTuple):
 
 class KeyOutputs(NamedTuple):
     """dK and dV as Strided, RowStats, and where dQ is summed, or None: fp32 tiles of 64 rows of each head, as
-    `add_tile` lays them out."""
+    `add_tile` lays them out; and a 0 from which on tasks are claimed, or None where each program has one."""
 
     k: Any
     v: Any
     stats: Any
     sums: Any
+    counter: Any
 
 
 class QueryOutputs(NamedTuple):
@@ -74,12 +76,23 @@ class QueryOutputs(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """A tile of keys in shared memory: its keys and values as Landing, and where the rows that see each key start and
-    stop."""
+    """Tiles of keys in shared memory: keys and values as Landing, and the tasks as KeyTasks."""
 
     k: Any
     v: Any
-    bounds: Any
+    tasks: Any
+
+
+class KeyTasks(NamedTuple):
+    """A ring of tasks that the producer hands on: their numbers, where the rows that see each key start and stop, or
+    None for stops if that is the last row, and barriers. A task is given back when its gradients have left, and with it
+    the buffers of its keys and values."""
+
+    data: Any
+    starts: Any
+    stops: Any
+    filled: Any
+    free: Any
 
 
 class Landing(NamedTuple):
@@ -137,6 +150,18 @@ class BackwardRule(NamedTuple):
     aside: Any
 
 
+class KeyPlace(NamedTuple):
+    """A tile of keys: its first key, key head, segment; and where the segment lies."""
+
+    n0: Any
+    h: Any
+    b: Any
+    batch: Any
+    start: Any
+    stored: Any
+    used: Any
+
+
 class KeyTask(NamedTuple):
     """A tile of keys: its first key, key head, segment; where the segment lies; where row 0 stands; and the tiles of
     query rows that it visits, `count` from `start` on for each query head, those in [full_start, full_stop) without a
@@ -160,12 +185,10 @@ class KeyTask(NamedTuple):
 
 
 @gluon.jit
-def key_task(index, swizzle, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-             BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """The index-th tile of BLOCK_N keys, and, in shared memory, where the rows that see each key start and stop; keys
-    past the end are seen by none. `swizzle` key heads go side by side, so that their queries stay in L2, their first
-    tiles first: the longest under a causal mask."""
-    QUERIES: gl.constexpr = STEPS.QUERIES
+def key_place(index, swizzle, spans, sizes, BLOCK_N: gl.constexpr):
+    """Of the index-th tile of BLOCK_N keys: its first key, key head, segment; and where the segment lies. `swizzle` key
+    heads go side by side, so that their queries stay in L2, their first tiles first: the longest under a causal
+    mask."""
     heads = sizes.H // sizes.group
     per_head = tiles.tile_count(spans.cu_k, sizes.B, sizes.N, BLOCK_N)
     all_heads = heads
@@ -182,27 +205,96 @@ def key_task(index, swizzle, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M
     else:
         b = tiles.find_segment(spans.cu_k, sizes.B, tile, BLOCK_N)
         tile -= gl.load(spans.cu_k + b) // BLOCK_N + b
+    batch, start, stored, used = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
+    return KeyPlace(tile * BLOCK_N, h, b, batch, start, stored, used)
+
+
+@gluon.jit
+def key_task(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LENGTH: gl.constexpr,
+             BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+    """What the tile of keys at a place visits (one warp), and where the rows that see each key start and stop, LENGTH
+    numbers each; a key that no row sees starts past all of them."""
+    QUERIES: gl.constexpr = STEPS.QUERIES
+    n0, h, b, batch_k, start_k, stored, used_k = place
     batch_q, start_q, _, used_q = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
-    batch_k, start_k, stored, used_k = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
-    n0 = tile * BLOCK_N
     # An arange is a power of two long: keys past the tile repeat its last one.
-    LENGTH: gl.constexpr = 256 if BLOCK_N > 128 else 128
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     n = n0 + gl.minimum(gl.arange(0, LENGTH, layout=L), BLOCK_N - 1)
     shift = used_k - used_q if BOTTOM_RIGHT else used_k * 0
     lo, hi = bands.intersect(gl.minimum(n, used_k - 1), used_q, used_q, used_k, shift, rules.numbers, QUERIES)
     hi = gl.where(n0 < used_k, hi, lo)
     span = bands.tile_span(lo, hi, used_q, BLOCK_M, False)
     count = gl.cdiv(gl.maximum(span.stop - span.start, 0), BLOCK_M)
-    starts = gl.allocate_shared_memory(gl.int32, [LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    stops = gl.allocate_shared_memory(gl.int32, [LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    starts.store(lo)
-    stops.store(gl.where(n < used_k, hi, lo))
     task = KeyTask(
         n0, h, b, batch_q, start_q, used_q, batch_k, start_k, stored, used_k, shift, span.start, count,
         span.full_start, span.full_stop,
     )  # fmt: skip
-    return task, (starts, stops)
+    return task, gl.where((n < used_k) & (lo < hi), lo, 0x7FFFFFFF), hi
+
+
+@gluon.jit
+def integers(COUNT: gl.constexpr, LENGTH: gl.constexpr):
+    """COUNT vectors of LENGTH int32 in shared memory."""
+    return gl.allocate_shared_memory(gl.int32, [COUNT, LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def put_key_task(ring, slot, task, starts, stops):
+    """Hand on a task (one warp), whose place in the ring is free."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for i in gl.static_range(FIELDS):
+        ring.data.index(slot * 16 + i).store(gl.full([1], 0, gl.int32, L) + task[i])
+    ring.starts.index(slot).store(starts)
+    if ring.stops is not None:
+        ring.stops.index(slot).store(stops)
+    mbarrier.arrive(ring.filled.index(slot))
+
+
+@gluon.jit
+def end_key_tasks(ring, slot):
+    """Say that no task is left: one of count -1."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ring.data.index(slot * 16 + 12).store(gl.full([1], -1, gl.int32, L))
+    mbarrier.arrive(ring.filled.index(slot))
+
+
+@gluon.jit
+def free_key_task(ring, turn, at, group, COUNT: gl.constexpr):
+    """Give back the task of the turn-th fill (four warps): whether to wait for another one, > 0, and the number of
+    fills of the rings of rows so far, which was `at` before the task."""
+    count = field(ring, turn % COUNT * 16 + 12, 4)
+    mbarrier.arrive(ring.free.index(turn % COUNT))
+    return count + 1, at + count * group
+
+
+@gluon.jit
+def get_key_task(ring, turn, COUNT: gl.constexpr):
+    """The task of the turn-th fill (four warps)."""
+    filled(ring, turn, COUNT)
+    return read_key_task(ring, turn % COUNT)
+
+
+@gluon.jit
+def read_key_task(ring, slot):
+    """The task in a slot once more: its numbers need not stay in registers."""
+    at = slot * 16
+    return KeyTask(
+        field(ring, at, 4),
+        field(ring, at + 1, 4),
+        field(ring, at + 2, 4),
+        field(ring, at + 3, 4),
+        field(ring, at + 4, 4),
+        field(ring, at + 5, 4),
+        field(ring, at + 6, 4),
+        field(ring, at + 7, 4),
+        field(ring, at + 8, 4),
+        field(ring, at + 9, 4),
+        field(ring, at + 10, 4),
+        field(ring, at + 11, 4),
+        field(ring, at + 12, 4),
+        field(ring, at + 13, 4),
+        field(ring, at + 14, 4),
+    )
 
 
 @gluon.jit
@@ -216,10 +308,12 @@ def tile_ring(COUNT: gl.constexpr, READERS: gl.constexpr, ROWS: gl.constexpr, WI
 
 
 @gluon.jit
-def resident_tiles(TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr):
-    """Tiles [ROWS, WIDTH] that are filled once, together."""
-    data = gl.allocate_shared_memory(DTYPE, [TILES, 1, 1, ROWS, WIDTH], matrix(WIDTH, 4))
-    return Landing(data, barriers(1, 1))
+def resident_tiles(COUNT: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr,
+                   DTYPE: gl.constexpr):  # fmt: skip
+    """COUNT buffers of TILES tiles [ROWS, WIDTH], each filled at once."""
+    ALL: gl.constexpr = COUNT * TILES
+    data = gl.allocate_shared_memory(DTYPE, [ALL, 1, 1, ROWS, WIDTH], matrix(WIDTH, 4))
+    return Landing(data, barriers(COUNT, 1))
 
 
 @gluon.jit
@@ -297,12 +391,14 @@ def scored(s, m, n, shift, steps, scoring, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def seen_by_keys(bounds, m, first, S: gl.constexpr):
-    """Which rows m [BLOCK_M] see the 64 keys from the program's number `first` on: [64, BLOCK_M]."""
+def seen_by_keys(tasks, slot, m, first, S: gl.constexpr):
+    """Which rows m [BLOCK_M] see the 64 keys from number `first` on of the task in a slot: [64, BLOCK_M]. Without stops
+    that are all rows to the last one, past which lse2 is infinite and P 0."""
     KEYS: gl.constexpr = gl.SliceLayout(1, S)
-    lo = bounds[0].slice(first, 64).load(KEYS)
-    hi = bounds[1].slice(first, 64).load(KEYS)
-    return (m[None, :] >= lo[:, None]) & (m[None, :] < hi[:, None])
+    seen = m[None, :] >= tasks.starts.index(slot).slice(first, 64).load(KEYS)[:, None]
+    if tasks.stops is not None:
+        seen = seen & (m[None, :] < tasks.stops.index(slot).slice(first, 64).load(KEYS)[:, None])
+    return seen
 
 
 @gluon.jit

@@ -177,8 +177,8 @@ def backward_queries(
     inputs = BackwardInputs(q, k, v, do, None)
     gradient = Gradient(dq, outputs.q)
     stats = outputs.stats
-    query_tiles = resident_tiles(GROUPS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
-    do_tiles = resident_tiles(GROUPS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
+    query_tiles = resident_tiles(1, GROUPS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
+    do_tiles = resident_tiles(1, GROUPS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
     key_tiles = tile_ring(SHAPE.STAGES, GROUPS, SHAPE.BLOCK, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
     value_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, SHAPE.BLOCK, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     rings = QueryTiles(query_tiles, do_tiles, key_tiles, value_tiles)

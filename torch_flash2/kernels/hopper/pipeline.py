@@ -189,26 +189,26 @@ def read_task(ring, index, WARPS: gl.constexpr):
     slot, _ = ring_at(index, TASKS)
     base = slot * 16
     return Task(
-        _field(ring, base, WARPS),
-        _field(ring, base + 1, WARPS),
-        _field(ring, base + 2, WARPS),
-        _field(ring, base + 3, WARPS),
-        _field(ring, base + 4, WARPS),
-        _field(ring, base + 5, WARPS),
-        _field(ring, base + 6, WARPS),
-        _field(ring, base + 7, WARPS),
-        _field(ring, base + 8, WARPS),
-        _field(ring, base + 9, WARPS),
-        _field(ring, base + 10, WARPS),
-        _field(ring, base + 11, WARPS),
-        _field(ring, base + 12, WARPS),
-        _field(ring, base + 13, WARPS),
-        _field(ring, base + 14, WARPS),
+        field(ring, base, WARPS),
+        field(ring, base + 1, WARPS),
+        field(ring, base + 2, WARPS),
+        field(ring, base + 3, WARPS),
+        field(ring, base + 4, WARPS),
+        field(ring, base + 5, WARPS),
+        field(ring, base + 6, WARPS),
+        field(ring, base + 7, WARPS),
+        field(ring, base + 8, WARPS),
+        field(ring, base + 9, WARPS),
+        field(ring, base + 10, WARPS),
+        field(ring, base + 11, WARPS),
+        field(ring, base + 12, WARPS),
+        field(ring, base + 13, WARPS),
+        field(ring, base + 14, WARPS),
     )
 
 
 @gluon.jit
-def _field(ring, at, WARPS: gl.constexpr):
+def field(ring, at, WARPS: gl.constexpr):
     return gl.max(ring.data.index(at).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 

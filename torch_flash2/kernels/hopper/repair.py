@@ -1,5 +1,5 @@
 """What follows the Hopper kernels that compute dQ: sums brought to their place, and, where NaN or infinite keys lie
-behind a mask, tiles computed again on the portable kernel's careful path.
+behind a mask, marked tiles computed again on the portable kernel's careful path.
 
 M query rows, D head dim.
 """
@@ -9,7 +9,6 @@ import triton.language as tl
 
 from ..bundles import Rows
 from ..device import tiles
-from ..triton.common import query_tile
 from ..triton.query_gradient import query_gradient
 
 
@@ -31,37 +30,31 @@ def repair_queries(
 
 @triton.jit
 def finish_queries(
-    sums, q, k, v, grad_out, stats, grad_q, spans, coded_sizes, rules, scoring, operands,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr,
+    sums, grad_q, flags, spans, coded_sizes, scoring, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
 ):  # fmt: skip
-    """dQ of one tile of rows from its sums, which lie as `backward_pipeline.add_tile` puts them; tiles with NaN again,
-    if their keys are masked."""
-    BLOCK_M: tl.constexpr = MODE.BLOCK_M
+    """dQ of one tile of rows from its sums, which lie as `backward_pipeline.add_tile` puts them; with `flags` a tile
+    with NaN is marked, at the number of the program."""
     pid = tl.program_id(0)
     sizes = tiles.sizes_of(coded_sizes)
-    h, b, place, tile, _ = query_tile(pid, spans, sizes, rules, MODE, STEPS)
+    tile, h, b = tiles.locate(pid, spans.cu_q, sizes.B, sizes.H, sizes.M, BLOCK_M, True)
+    batch, start, stored, used = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
     count = tiles.tile_count(spans.cu_q, sizes.B, sizes.M, BLOCK_M)
     if spans.cu_q is None:
-        number = (b * sizes.H + h) * count + place.row // BLOCK_M
+        number = (b * sizes.H + h) * count + tile
     else:
-        number = h * count + place.row // BLOCK_M + tl.load(spans.cu_q + b) // BLOCK_M + b
+        number = h * count + tile + tl.load(spans.cu_q + b) // BLOCK_M + b
     first = tl.cast(number, tl.int64) * (BLOCK_M * WIDTH * CHUNKS)
     element = tl.arange(0, BLOCK_M * WIDTH)
-    rows = Rows(grad_q, place.batch_q, h, place.start_q)
+    row = tile * BLOCK_M
+    counted = (row + tl.arange(0, BLOCK_M) < used)[:, None]
     found = False
     for i in tl.static_range(CHUNKS):
         # Number (w, c, g, t, r, e) is element (16 w + 8 r + g, 8 c + 2 t + e).
         dq = tl.reshape(tl.load(sums + first + i * BLOCK_M * WIDTH + element), (BLOCK_M // 16, WIDTH // 8, 8, 4, 2, 2))
         dq = tl.reshape(tl.permute(dq, (0, 4, 2, 1, 3, 5)), (BLOCK_M, WIDTH)) * scoring.scale
-        dq = tl.where((tile.at < tile.M)[:, None], dq, 0.0)
-        tiles.store_columns(rows, place.row, place.stored, i * WIDTH, dq, BLOCK_M, WIDTH)
-        found = found | tiles.any_nan((dq,))
-    if len(STEPS.KEYS) > 0 or spans.cu_k is not None or spans.used_k is not None:
-        # NaN here may come from a key that no row of the tile sees.
-        if found:
-            # Other threads stored these elements first: without a barrier theirs may land last.
-            tl.debug_barrier()
-            query_gradient(
-                pid + tl.minimum(pid, 0), q, k, v, grad_out, stats, grad_q, None, spans, coded_sizes, rules, scoring,
-                operands, MODE, STEPS, True,
-            )  # fmt: skip
+        dq = tl.where(counted, dq, 0.0)
+        tiles.store_columns(Rows(grad_q, batch, h, start), row, stored, i * WIDTH, dq, BLOCK_M, WIDTH)
+        if flags is not None:
+            found = found | tiles.any_nan((dq,))
+    if flags is not None:
+        tl.store(flags + pid, 1, mask=found)
