@@ -16,8 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..device import scores, tiles
+from ..device import tiles
 from . import compat
+from .backward_feeding import advance, clean_rows, meet, produce, steps_of, vector
 from .backward_pipeline import (
     BackwardInputs,
     BackwardRule,
@@ -27,19 +28,13 @@ from .backward_pipeline import (
     Streams,
     accumulate,
     add_tile,
-    clean,
-    copy_vector,
-    end_key_tasks,
     filled,
     free_key_task,
     freed,
     get_key_task,
     integers,
-    key_place,
-    key_task,
     left_operand,
     outer,
-    put_key_task,
     read_key_task,
     resident_tiles,
     scored,
@@ -50,140 +45,7 @@ from .backward_pipeline import (
     vector_ring,
     view,
 )
-from .pipeline import Ring, barrier_asm, landed, load_tiles, matrix, operand, ring_barriers, tasks_of, zeros
-
-
-@gluon.jit
-def _sync(THREADS: gl.constexpr):
-    """Wait for all consumer warpgroups (a named barrier, which Gluon lacks; Triton itself uses those from 0 on)."""
-    ASM: gl.constexpr = barrier_asm("bar.sync", 8, THREADS)
-    gl.inline_asm_elementwise(ASM, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_keys(inputs, place, slot, k, v, KEYS: gl.constexpr, SHAPE: gl.constexpr):
-    """Load the tiles of keys and values of a task."""
-    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
-    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
-    mbarrier.expect(k.filled.index(slot), 64 * KEYS * WIDTH_D * CHUNKS_D * 2)
-    for w in gl.static_range(KEYS):
-        load_tiles(inputs.k, place.start, place.batch, place.h, place.n0 + w * 64, k.filled.index(slot), k.data,
-                   (slot * KEYS + w) * CHUNKS_D, WIDTH_D, CHUNKS_D)  # fmt: skip
-    mbarrier.expect(v.filled.index(slot), 64 * KEYS * WIDTH_V * CHUNKS_V * 2)
-    for w in gl.static_range(KEYS):
-        load_tiles(inputs.v, place.start, place.batch, place.h, place.n0 + w * 64, v.filled.index(slot), v.data,
-                   (slot * KEYS + w) * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
-
-
-@gluon.jit
-def _produce(inputs, outputs, swizzle, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
-             SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
-    """The producer warp: it claims tasks, and loads of each the keys and values and then what passes them."""
-    turn = total * 0
-    at = total * 0
-    index = gl.program_id(0)
-    while index < total:
-        place = key_place(index, swizzle, rule.spans, rule.sizes, 64 * KEYS)
-        slot = turn % SHAPE.TASKS
-        freed(fixed.tasks, turn, SHAPE.TASKS)
-        _load_keys(inputs, place, slot, fixed.k, fixed.v, KEYS, SHAPE)
-        task, starts, stops = key_task(
-            place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, LENGTH, SHAPE.BOTTOM_RIGHT, STEPS
-        )
-        put_key_task(fixed.tasks, slot, task, starts, stops)
-        _load_rows(inputs, outputs.stats, streams, at, task, rule, SHAPE)
-        at += task.count * rule.sizes.group
-        turn += 1
-        index = total
-        if SHAPE.TASKS > 1:
-            # Now that the task's last rows are on their way: who claims early may be left with a long task at the end.
-            index = gl.num_programs(0) + gl.atomic_add(outputs.counter, 1)
-    if SHAPE.TASKS > 1:
-        freed(fixed.tasks, turn, SHAPE.TASKS)
-        end_key_tasks(fixed.tasks, turn % SHAPE.TASKS)
-
-
-@gluon.jit
-def _load_rows(inputs, stats, streams, first, task, rule, SHAPE: gl.constexpr):
-    """Load queries and output gradients of every head of the group, from the first-th fill of their rings on."""
-    BLOCK_M: gl.constexpr = SHAPE.BLOCK
-    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
-    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
-    # Bytes of each of lse2 and delta that come by TMA.
-    VECTOR: gl.constexpr = 4 if rule.spans.cu_q is None else 0
-    q, do, lse2, delta, _ = streams
-    h = task.h * rule.sizes.group
-    i = task.count * 0
-    for j in range(first, first + task.count * rule.sizes.group):
-        row = task.start + i * BLOCK_M
-        at = (task.batch_q * rule.sizes.H + h) * rule.pitch + task.start_q + row
-        freed(q, j, SHAPE.STAGES)
-        slot = j % SHAPE.STAGES
-        mbarrier.expect(q.filled.index(slot), BLOCK_M * (WIDTH_D * CHUNKS_D * 2 + VECTOR))
-        load_tiles(inputs.q, task.start_q, task.batch_q, h, row, q.filled.index(slot), q.data, slot * CHUNKS_D,
-                   WIDTH_D, CHUNKS_D)  # fmt: skip
-        if VECTOR > 0:
-            compat.load(inputs.stats, [at], q.filled.index(slot), lse2.data.index(slot))
-        else:
-            copy_vector(lse2, slot, stats.lse2 + at, BLOCK_M)
-        freed(do, j, SHAPE.STAGES_V)
-        slot_v = j % SHAPE.STAGES_V
-        mbarrier.expect(do.filled.index(slot_v), BLOCK_M * (WIDTH_V * CHUNKS_V * 2 + VECTOR))
-        load_tiles(inputs.do, task.start_q, task.batch_q, h, row, do.filled.index(slot_v), do.data,
-                   slot_v * CHUNKS_V, WIDTH_V, CHUNKS_V)  # fmt: skip
-        if VECTOR > 0:
-            # delta lies behind lse2.
-            at += rule.sizes.B * rule.sizes.H * rule.pitch
-            compat.load(inputs.stats, [at], do.filled.index(slot_v), delta.data.index(slot_v))
-        else:
-            copy_vector(delta, slot_v, stats.delta + at, BLOCK_M)
-        h, i = _advance(h, i, task, SHAPE)
-
-
-@gluon.jit
-def _vector(ring, index, rule, COUNT: gl.constexpr, L: gl.constexpr):
-    """The index-th lse2 or delta, once the tile beside it is there."""
-    if rule.spans.cu_q is not None:
-        filled(ring, index, COUNT)
-    return ring.data.index(index % COUNT).load(L)
-
-
-@gluon.jit
-def _advance(h, i, task, SHAPE: gl.constexpr):
-    """The head and the tile of rows that come next."""
-    i += 1
-    if SHAPE.GROUPED:
-        last = i == task.count
-        h = gl.where(last, h + 1, h)
-        i = gl.where(last, 0, i)
-    return h, i
-
-
-@gluon.jit
-def _steps_of(h, task, rule, STEPS: gl.constexpr):
-    """What the score steps need of one query head."""
-    segment = gl.minimum(task.b, rule.sizes.B - 1)
-    return scores.prepare(rule.operands.steps, segment, h, task.start_q, task.start_k, STEPS)
-
-
-@gluon.jit
-def _clean_rows(j, m0, streams, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr):
-    """Where a tile of rows reaches past its document or into padding: 0 there, whatever is stored, for 0 * NaN is
-    NaN. The first warpgroup cleans the queries, the second the output gradients."""
-    BLOCK_M: gl.constexpr = SHAPE.BLOCK
-    q, do, lse2, delta, _ = streams
-    if m0 + BLOCK_M > task.used_q:
-        filled(do, j, SHAPE.STAGES_V)
-        if WG == 0:
-            clean(q, j % SHAPE.STAGES * SHAPE.CHUNKS_D, task.used_q - m0, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D)
-        if WG == 1:
-            clean(do, j % SHAPE.STAGES_V * SHAPE.CHUNKS_V, task.used_q - m0, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
-        fence_async_shared()
-        _sync(128 * SHAPE.GROUPS)
+from .pipeline import Ring, landed, matrix, operand, ring_barriers, tasks_of, zeros
 
 
 @gluon.jit
@@ -198,7 +60,7 @@ def _query_gradient(ds, j, k, home, exchange, WG: gl.constexpr, SHAPE: gl.conste
     first = j % 2 * GROUPS
     exchange.index(first + WG).store(ds)
     fence_async_shared()
-    _sync(128 * GROUPS)
+    meet(128 * GROUPS)
     dq = gl.zeros([BLOCK_M, COLS], gl.float32, ACC)
     for g in gl.static_range(GROUPS):
         keys = view(k.data, home + g, 64, WIDTH_D).slice(WG * COLS, COLS, dim=1)
@@ -262,7 +124,7 @@ def _sum_task(first, slot, exchange, k, task, rule, SHAPE: gl.constexpr):
         dq = warpgroup_mma_wait(0, (dq,))
         mbarrier.arrive(exchange.free.index(j % 2))
         add_tile(_sums_tile(h, tile, task, rule, SHAPE), dq, BLOCK_M, WIDTH_D)
-        h, i = _advance(h, i, task, SHAPE)
+        h, i = advance(h, i, task, SHAPE)
 
 
 @gluon.jit
@@ -276,11 +138,13 @@ def _landed_beside(x, acc, PENDING: gl.constexpr):
 
 
 @gluon.jit
-def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, task, rule, WG: gl.constexpr,
-          MASKED: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
+          SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """dK and dV with the j-th tile of rows, of which the task's last is before the stop-th, the i-th of head h, and
-    dQ's part where it is summed here; the keys are in the home-th buffer. With `AHEAD` `following` are the tile's
-    products with the keys, and those of the next tile come back; `kept` are keys and values in registers, or None."""
+    dQ's part where it is summed here; the keys are in the home-th buffer: `at` is (j, h, i, stop, home). With `AHEAD`
+    `following` are the tile's products with the keys, and those of the next tile come back; `kept` are keys and values
+    in registers, or None."""
+    j, h, i, stop, home = at
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -313,9 +177,9 @@ def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, tas
     else:
         filled(q, j, SHAPE.STAGES)
         if LENGTHS:
-            _clean_rows(j, m0, streams, task, rule, WG, SHAPE)
+            clean_rows(j, m0, streams, task, rule, WG, SHAPE)
         s = scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
-    lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
+    lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
     filled(do, j, SHAPE.STAGES_V)
     dp = scores_of(kept[1], v, mine * CHUNKS_V, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
     if not SHAPE.AHEAD:
@@ -332,15 +196,15 @@ def _step(j, h, i, now, dk, dv, following, kept, stop, home, streams, fixed, tas
     dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
     if SHAPE.AHEAD:
         # S of the next tile, beside dV and the arithmetic of dS.
-        _, next_i = _advance(h, i, task, SHAPE)
+        _, next_i = advance(h, i, task, SHAPE)
         more = j + 1 < stop
         ahead = (j + 1) % SHAPE.STAGES
         mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=more)
         if LENGTHS:
             if more:
-                _clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
+                clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
         following = scores_of(kept[0], k, mine * CHUNKS_D, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
-    ds = weight * (dp - _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
+    ds = weight * (dp - vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
         # A masked value may be NaN, and 0 * NaN is NaN.
         ds = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), ds, 0.0)
@@ -409,7 +273,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
     dk = zeros(WIDTH_D, CHUNKS_D)
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
-    steps = _steps_of(h, task, rule, STEPS)
+    steps = steps_of(h, task, rule, STEPS)
     i = task.count * 0
     some = task.count > 0
     stop = first + task.count * rule.sizes.group
@@ -423,7 +287,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
         mbarrier.wait(q.filled.index(slot), (first // SHAPE.STAGES) & 1, pred=some)
         if rule.spans.cu_q is not None or rule.spans.used_q is not None:
             if some:
-                _clean_rows(first, task.start, streams, task, rule, WG, SHAPE)
+                clean_rows(first, task.start, streams, task, rule, WG, SHAPE)
         s = warpgroup_mma_wait(0, (scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D),))
     full_stop = task.full_stop
     if rule.aside is not None:
@@ -433,15 +297,15 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
         m0 = task.start + i * BLOCK_M
         now = steps
         if SHAPE.GROUPED:
-            now = _steps_of(h, task, rule, STEPS)
+            now = steps_of(h, task, rule, STEPS)
         # Two bodies, so that a tile without a mask is worked on without a branch.
         if (m0 < task.full_start) | (m0 >= full_stop):
-            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, stop, home, streams, fixed, task, rule, WG, True,
+            dk, dv, s = _step((j, h, i, stop, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG, True,
                               SHAPE, STEPS)  # fmt: skip
         else:
-            dk, dv, s = _step(j, h, i, now, dk, dv, s, kept, stop, home, streams, fixed, task, rule, WG, False,
+            dk, dv, s = _step((j, h, i, stop, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG, False,
                               SHAPE, STEPS)  # fmt: skip
-        h, i = _advance(h, i, task, SHAPE)
+        h, i = advance(h, i, task, SHAPE)
     task = read_key_task(fixed.tasks, home)
     row = task.n0 + WG * 64
     store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, mine * CHUNKS_V, row, task.stored, task.used_k,
@@ -451,7 +315,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
         if SHAPE.APART:
             freed(exchange, stop + 1, 2)
         else:
-            _sync(128 * SHAPE.GROUPS)
+            meet(128 * SHAPE.GROUPS)
     store_gradient(dk_to, dk, rule.scoring.scale, k.data, mine * CHUNKS_D, row, task.stored, task.used_k, task.batch_k,
                    task.h, task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
     compat.store_wait(0)
@@ -475,7 +339,7 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
     n = task.n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
-    steps = _steps_of(h, task, rule, STEPS)
+    steps = steps_of(h, task, rule, STEPS)
     i = task.count * 0
     mbarrier.wait(k.filled.index(0), 0)
     for j in range(task.count * rule.sizes.group):
@@ -485,12 +349,12 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
         now = steps
         if SHAPE.GROUPED:
-            now = _steps_of(h, task, rule, STEPS)
+            now = steps_of(h, task, rule, STEPS)
         filled(q, j, SHAPE.STAGES)
         if LENGTHS:
-            _clean_rows(j, m0, streams, task, rule, 0, SHAPE)
+            clean_rows(j, m0, streams, task, rule, 0, SHAPE)
         s = outer(k.data, gl.minimum(m0, 0), q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
-        lse2 = _vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
+        lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
         freed(handed, j, 2)
         # dV of the tile before is still in flight beside these products.
         s = warpgroup_mma_wait(0, (s,))
@@ -505,9 +369,9 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
         dv = landed(dv, 0)
         mbarrier.arrive(do.free.index(slot_v))
-        h, i = _advance(h, i, task, SHAPE)
+        h, i = advance(h, i, task, SHAPE)
     # The gradient leaves through the tiles of V, which the other warpgroup reads.
-    _sync(256)
+    meet(256)
     store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, 0, task.n0, task.stored, task.used_k, task.batch_k,
                    task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
     compat.store_wait(0)
@@ -539,9 +403,9 @@ def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         filled(do, j, SHAPE.STAGES_V)
         if LENGTHS:
             filled(q, j, SHAPE.STAGES)
-            _clean_rows(j, m0, streams, task, rule, 1, SHAPE)
+            clean_rows(j, m0, streams, task, rule, 1, SHAPE)
         dp = outer(v.data, gl.minimum(m0, 0), do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
-        delta = _vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)
+        delta = vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)
         filled(handed, j, 2)
         dp = warpgroup_mma_wait(0, (dp,))
         mbarrier.arrive(do.free.index(slot_v))
@@ -555,8 +419,8 @@ def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
         dk = landed(dk, 0)
         mbarrier.arrive(q.free.index(slot))
-        _, i = _advance(i, i, task, SHAPE)
-    _sync(256)
+        _, i = advance(i, i, task, SHAPE)
+    meet(256)
     store_gradient(dk_to, dk, rule.scoring.scale, k.data, 0, task.n0, task.stored, task.used_k, task.batch_k, task.h,
                    task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
     compat.store_wait(0)
@@ -564,11 +428,12 @@ def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
 
 @gluon.jit
 def backward_keys(
-    q, k, v, do, stats, dk, dv, outputs, swizzle, coded_total, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, do, stats, dk, dv, outputs, coded_order, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one key head, summed over the query heads of its group: 64 keys a warpgroup, or
-    (SHAPE.SHARED) 64 keys that two warpgroups share."""
+    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is how many key heads go side by side, and how many
+    tiles there are."""
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     SHARED: gl.constexpr = SHAPE.SHARED
@@ -598,8 +463,8 @@ def backward_keys(
     tasks_filled, tasks_free = ring_barriers(SHAPE.TASKS, GROUPS + 1 if SHAPE.APART else GROUPS)
     tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, LENGTH), stops, tasks_filled, tasks_free)
     fixed = Fixed(key_tiles, value_tiles, tasks)
-    total = tiles.decoded(coded_total)
-    number = tiles.decoded(swizzle)
+    number = tiles.decoded(coded_order[0])
+    total = tiles.decoded(coded_order[1])
     if SHARED:
         handed_filled, handed_free = ring_barriers(2, 1)
         handed_data = gl.allocate_shared_memory(DTYPE, [2, 64, BLOCK_M], matrix(BLOCK_M, 2))
@@ -609,7 +474,7 @@ def backward_keys(
             [
                 (_consume_values, (dv_to, streams, fixed, handed, rule, SHAPE, STEPS)),
                 (_consume_scores, (dk_to, streams, fixed, handed, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -621,7 +486,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_sum_queries, (streams, fixed, rule, SHAPE)),
-                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [208, 64, 24],
@@ -632,7 +497,7 @@ def backward_keys(
             [
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -644,7 +509,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (2, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (_produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
