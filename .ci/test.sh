@@ -20,9 +20,9 @@ lint() { # lint NAME ARGUMENTS...
     fi
 }
 
-tests() { # tests NAME MARKER-EXPRESSION
+tests() { # tests NAME MARKER-EXPRESSION ARGUMENTS...
     echo "== pytest: $1"
-    $python -m pytest test -m "$2" 2>&1 | tee "$log"
+    $python -m pytest test -m "$2" "${@:3}" 2>&1 | tee "$log"
     local status=${PIPESTATUS[0]}
     # 5: this part has no tests.
     [ "$status" -eq 5 ] && return
@@ -34,8 +34,9 @@ lint ruff check .
 lint ruff format --check .
 lint mypy
 if [ "${1:-}" != lint ]; then
-    tests compile "compile"
-    TRITON_INTERPRET=1 tests interpreter "interpreter"
+    # Two processes each: these parts hold no memory to speak of, and none of them is timed.
+    tests compile "compile" -n 2 --dist worksteal
+    TRITON_INTERPRET=1 tests interpreter "interpreter" -n 2 --dist worksteal
     tests host "not interpreter and not compile"
 fi
 
