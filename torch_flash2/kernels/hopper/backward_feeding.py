@@ -7,7 +7,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ..device import scores
 from . import compat
 from .backward_pipeline import (
     clean,
@@ -48,7 +47,7 @@ def _load_keys(inputs, place, slot, k, v, KEYS: gl.constexpr, SHAPE: gl.constexp
 
 @gluon.jit
 def produce(inputs, outputs, swizzle, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
-             SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+            SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """The producer warp: it claims tasks, and loads of each the keys and values and then what passes them."""
     turn = total * 0
     at = total * 0
@@ -130,13 +129,6 @@ def advance(h, i, task, SHAPE: gl.constexpr):
         h = gl.where(last, h + 1, h)
         i = gl.where(last, 0, i)
     return h, i
-
-
-@gluon.jit
-def steps_of(h, task, rule, STEPS: gl.constexpr):
-    """What the score steps need of one query head."""
-    segment = gl.minimum(task.b, rule.sizes.B - 1)
-    return scores.prepare(rule.operands.steps, segment, h, task.start_q, task.start_k, STEPS)
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ B segments, H query heads, G key/value heads, M query rows, N keys, D head dim o
 All tiles of scores are transposed, [64 keys, BLOCK_M rows]: P^T and dS^T are then left operands in registers of dV +=
 P^T dO and dK += dS^T Q. Up to head dim 128 each warpgroup has 64 keys and both of their accumulators; beyond, two
 warpgroups share 64 keys: one makes P and dV, the other dS and dK, and P goes from one to the other through shared
-memory. Each element is summed in one order: results are bit-equal from run to run.
+memory. Each element of dK and dV is summed in one order: they are bit-equal from run to run.
 """
 
 from triton.experimental import gluon
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..device import tiles
 from . import compat
-from .backward_feeding import advance, clean_rows, meet, produce, steps_of, vector
+from .backward_feeding import advance, clean_rows, meet, produce, vector
 from .backward_pipeline import (
     BackwardInputs,
     BackwardRule,
@@ -45,7 +45,7 @@ from .backward_pipeline import (
     vector_ring,
     view,
 )
-from .pipeline import Ring, landed, matrix, operand, ring_barriers, tasks_of, zeros
+from .pipeline import Ring, landed, matrix, operand, ring_barriers, steps_of, tasks_of, zeros
 
 
 @gluon.jit

@@ -34,6 +34,7 @@ from .pipeline import (
     Rule,
     barriers,
     forget,
+    forget_ring,
     free_task,
     get_task,
     landed,
@@ -44,12 +45,13 @@ from .pipeline import (
     read_task,
     ring_at,
     ring_barriers,
+    steps_of,
     take_turn,
     task_ring,
     tasks_of,
     zeros,
 )
-from .scoring import lead, masked, row_maxima, scores_of, shift, softmax, spread, steps_of
+from .scoring import lead, masked, row_maxima, scores_of, shift, softmax, spread
 
 FLAGS = gl.constexpr(COUNTERS)
 
@@ -254,7 +256,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if WG == GROUPS - 1:
             pass_turn(0)
     task = get_task(buffers.tasks, 0, 4)
-    steps = steps_of(task, rule, STEPS)
+    steps = steps_of(task.h, task, rule, STEPS)
     some = task.count > 0
     mbarrier.wait(buffers.q.filled.index(0), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
@@ -288,7 +290,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         begins = left == 0
         if begins:
             following = get_task(buffers.tasks, begun, 4)
-            steps = steps_of(following, rule, STEPS)
+            steps = steps_of(following.h, following, rule, STEPS)
             going = following.count
             left = following.count
             n0 = following.top + BLOCK_N
@@ -378,10 +380,9 @@ def attention_forward(
     k_filled, k_free = ring_barriers(SHAPE.STAGES, GROUPS)
     v_filled, v_free = ring_barriers(SHAPE.STAGES, GROUPS)
     ask = barriers(TASKS, 1)
-    tasks = task_ring(GROUPS + 1)
     buffers = Buffers(
-        tasks, Ring(q_data, q_filled, q_free), Ring(k_data, k_filled, k_free), Ring(v_data, v_filled, v_free),
-        out_data, ask,
+        task_ring(GROUPS + 1), Ring(q_data, q_filled, q_free), Ring(k_data, k_filled, k_free),
+        Ring(v_data, v_filled, v_free), out_data, ask,
     )  # fmt: skip
     fence_async_shared()
     inputs = Inputs(q, k, v, out, plain)
@@ -416,14 +417,10 @@ def attention_forward(
 
     if flags is not None:
         # Repairing uses shared memory of its own.
-        forget(tasks.filled, TASKS)
-        forget(tasks.free, TASKS)
-        forget(q_filled, SHAPE.Q_STAGES)
-        forget(q_free, SHAPE.Q_STAGES)
-        forget(k_filled, SHAPE.STAGES)
-        forget(k_free, SHAPE.STAGES)
-        forget(v_filled, SHAPE.STAGES)
-        forget(v_free, SHAPE.STAGES)
+        forget_ring(buffers.tasks, TASKS)
+        forget_ring(buffers.q, SHAPE.Q_STAGES)
+        forget_ring(buffers.k, SHAPE.STAGES)
+        forget_ring(buffers.v, SHAPE.STAGES)
         forget(ask, TASKS)
         _repair(inputs, rule, count, SHAPE, STEPS)
 
@@ -444,7 +441,7 @@ def _repair(inputs, rule, swizzle, SHAPE: gl.constexpr, STEPS: gl.constexpr):
                     place % total, swizzle, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N,
                     SHAPE.BOTTOM_RIGHT, STEPS, 4,
                 )  # fmt: skip
-                steps = steps_of(task, rule, STEPS)
+                steps = steps_of(task.h, task, rule, STEPS)
                 first = task.row + place // total * 64
                 attend_carefully(first, task, steps, rule, inputs.plain, SHAPE.BOTTOM_RIGHT, SHAPE.BLOCK_N, STEPS)
                 gl.store(places + place, 0)

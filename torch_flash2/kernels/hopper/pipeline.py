@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from ..device import bands, tiles
+from ..device import bands, scores, tiles
 from . import compat
 
 # Places at the start of the workspace: the next task, programs that are done; flags follow.
@@ -144,6 +144,13 @@ def forget(made, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def forget_ring(ring, COUNT: gl.constexpr):
+    """End both barriers of a ring's COUNT buffers."""
+    forget(ring.filled, COUNT)
+    forget(ring.free, COUNT)
+
+
+@gluon.jit
 def ring_barriers(COUNT: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
     """The two barriers of each of COUNT buffers, which WRITERS partitions fill and READERS partitions read."""
     return barriers(COUNT, WRITERS), barriers(COUNT, READERS)
@@ -215,6 +222,13 @@ def field(ring, at, WARPS: gl.constexpr):
 @gluon.jit
 def free_task(ring, index):
     mbarrier.arrive(ring.free.index(index % TASKS))
+
+
+@gluon.jit
+def steps_of(h, task, rule, STEPS: gl.constexpr):
+    """What the score steps need of query head h of a task."""
+    segment = gl.minimum(task.b, rule.sizes.B - 1)
+    return scores.prepare(rule.operands.steps, segment, h, task.start_q, task.start_k, STEPS)
 
 
 @gluon.jit

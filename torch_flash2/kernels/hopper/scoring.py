@@ -8,19 +8,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..device import bands, scores
+from ..device import bands
 from . import lanes
-from .pipeline import read_task
+from .pipeline import read_task, steps_of
 
 # The base of a row that has seen no key: below all scores, so that the first one makes it move.
 LOWEST = gl.constexpr(-(2.0**126))
-
-
-@gluon.jit
-def steps_of(task, rule, STEPS: gl.constexpr):
-    """What the score steps of a task need."""
-    segment = gl.minimum(task.b, rule.sizes.B - 1)
-    return scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
 
 
 @gluon.jit
@@ -116,7 +109,7 @@ def lead(task, at, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """By how much (log2 units) the scores of rows `at` are larger than `scores_of` has them."""
     if SHAPE.TILTED:
         distance = (task.row + (64 * SHAPE.GROUPS - 1) - at).to(gl.float32)
-        return distance * _slope(steps_of(task, rule, STEPS), rule, STEPS)
+        return distance * _slope(steps_of(task.h, task, rule, STEPS), rule, STEPS)
     else:
         return gl.full(at.shape, 0.0, gl.float32, at.type.layout)
 
