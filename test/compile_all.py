@@ -38,6 +38,7 @@ _PACKED: dict[str, Any] = dict(lengths="packed_used", documents=(1.0, 0.5))
 # Hopper's kernels beside the portable ones: their head dims, and what they take of the mixes below, with more of each.
 HOPPER_DIMS = (64, 96, 128, 192, 256)
 HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents")
+PORTABLE_MIXES = ("plain", "strided", "scores", "bias", "packed", "all")
 # Features that change what a kernel keeps on the chip; "odd" strides take the path without TMA.
 MIXES: dict[str, dict[str, Any]] = {
     "plain": dict(mask="causal"),
@@ -78,8 +79,7 @@ class Outcome(NamedTuple):
 
 def matrix() -> Iterator[Job]:
     """Every job."""
-    portable = [mix for mix in MIXES if mix not in HOPPER_MIXES or mix in ("plain", "scores")]
-    yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, portable, DIRECTIONS))
+    yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, PORTABLE_MIXES, DIRECTIONS))
     jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, KERNELS[1:])
     for job in itertools.starmap(Job, jobs):
         if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= 128):
@@ -97,7 +97,7 @@ def sample() -> Iterator[Job]:
     for archs, dtypes, head_dim in itertools.product(classes, (("fp16", "bf16"), ("fp32",)), BUCKETS):
         i = next(turn)
         arch, dtype = archs[i % len(archs)], dtypes[i % len(dtypes)]
-        yield Job(arch, dtype, head_dim, list(MIXES)[i % len(MIXES)], "forward")
+        yield Job(arch, dtype, head_dim, PORTABLE_MIXES[i % len(PORTABLE_MIXES)], "forward")
         yield Job(arch, dtype, head_dim, "all" if len(archs) > 1 or dtype != "fp32" else "scores", "backward")
     # The rows with least room to spare: chosen for TMA, they serve other strides too.
     yield Job("sm90", "bf16", 512, "strided", "forward")

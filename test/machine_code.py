@@ -6,6 +6,7 @@ every other way of looking at them.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -57,8 +58,14 @@ def unset_registers(kernel: Any) -> list[str]:
 
 def listing(kernel: Any) -> str:
     """The SASS of a compiled kernel, as nvdisasm prints it."""
+    return _disassembled(kernel.asm["cubin"])
+
+
+# Tests read a kernel several times in a row.
+@functools.lru_cache(maxsize=4)
+def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         return subprocess.run([_BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
@@ -85,8 +92,9 @@ def unset_in(text: str) -> list[str]:
     ]
 
 
-def _graph(listed: str) -> tuple[list[_Line], list[list[int]]]:
-    """The instructions and, of each, which may come next."""
+def instructions(listed: str) -> tuple[list[tuple[int, str, list[str]]], dict[str, int]]:
+    """Of a listing each instruction's address, text and the labels that it names, and the index of the instruction at
+    each label."""
     texts: list[tuple[int, str, list[str]]] = []
     labels: dict[str, int] = {}
     for row in listed.splitlines():
@@ -94,6 +102,12 @@ def _graph(listed: str) -> tuple[list[_Line], list[list[int]]]:
             labels[label.group(1)] = len(texts)
         elif code := re.match(r"\s*/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*(;|\(\*)", row):
             texts.append((int(code.group(1), 16), code.group(2), re.findall(r"\.L_x_\d+", row)))
+    return texts, labels
+
+
+def _graph(listed: str) -> tuple[list[_Line], list[list[int]]]:
+    """The instructions and, of each, which may come next."""
+    texts, labels = instructions(listed)
     after: list[list[int]] = []
     for i, (_, text, targets) in enumerate(texts):
         guarded, operation = re.match(r"(@!?U?P\w+\s+)?(\w+)", text).groups()  # type: ignore[union-attr]

@@ -44,14 +44,8 @@ def compiled(width: tuple[int, int], feature: str, seqlen: int) -> Any:
 
 def instructions(kernel: Any) -> tuple[list[str], dict[str, int]]:
     """The SASS of a compiled kernel, and the index of the instruction at each label."""
-    found: list[str] = []
-    labels: dict[str, int] = {}
-    for line in machine_code.listing(kernel).splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(found)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
-            found.append(instruction[1])
-    return found, labels
+    found, labels = machine_code.instructions(machine_code.listing(kernel))
+    return [text for _, text, _ in found], labels
 
 
 def main_loops(kernel: Any, products: int, exponentials: int) -> list[list[str]]:
