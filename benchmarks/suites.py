@@ -17,7 +17,7 @@ from torch_flash2 import masks
 from torch_flash2.testing import CASES, Case
 
 DIRECTIONS = ("forward", "backward")
-SUITES = (*DIRECTIONS, "features", "models", "memory", "decode")
+SUITES = (*DIRECTIONS, "deterministic", "features", "models", "memory", "decode")
 # Suites that are modules of their own, each with `run(options)`.
 MODULES = ("matrix", "train", "kvcache", "context_parallel")
 GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -106,6 +106,15 @@ def _grid(direction: str, dtype: str, quick: bool) -> list[Group]:
                 sizes = (16384 // seqlen, heads, heads, seqlen, head_dim)
                 case = _case(f"d{head_dim}-{mask}-s{seqlen}", sizes, mask=mask, dtype=dtype)
                 groups.append(Group((Shape(case, direction),), ("fa2", "cudnn")))
+    return groups
+
+
+def _deterministic(dtype: str, quick: bool) -> list[Group]:
+    """The backward's grid in PyTorch's deterministic mode, each case beside itself without."""
+    groups = []
+    for (shape,) in (group.shapes for group in _grid("backward", dtype, quick)):
+        case = dataclasses.replace(shape.case, name=f"deterministic-{shape.name}")
+        groups.append(Group((shape, Shape(case, "backward", True, shape.name)), ("fa3",)))
     return groups
 
 
@@ -251,7 +260,7 @@ def suite(name: str, *, dtype: str = "bf16", quick: bool = False, pattern: str =
     """The groups of a suite.
 
     Args:
-        dtype: of the forward and backward grids.
+        dtype: of the grids.
         quick: fewer lengths.
         pattern: a regular expression; a group none of whose names it finds is left out.
         tiny: shrink every shape for a dry run.
@@ -261,6 +270,8 @@ def suite(name: str, *, dtype: str = "bf16", quick: bool = False, pattern: str =
     """
     if name in DIRECTIONS:
         groups = _grid(name, dtype, quick)
+    elif name == "deterministic":
+        groups = _deterministic(dtype, quick)
     elif name == "features":
         groups = [group for direction in DIRECTIONS for group in _features(direction)]
     elif name == "models":
