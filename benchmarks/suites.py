@@ -184,6 +184,7 @@ def _features(direction: str) -> list[Group]:
             [
                 shape("causal-4k-d128", mha, "causal"),
                 shape("deterministic-4k-d128", mha, "causal", "causal-4k-d128", True),
+                shape("growing-4k-d128", mha, "causal", "causal-4k-d128", tags=("growing",)),
             ],
         ),
     ]

@@ -46,7 +46,8 @@ class Case:
     key of LENGTHS; `documents` and `documents_k` then give the length of each segment as a share of
     seqlen_q and seqlen_k, and `tail` rows that belong to no document follow. `magnitude` multiplies
     the queries. `tags`: "model", "regression", "large" (tens of GiB), "inf_bias" (a bias with -inf,
-    as a float mask), "large_logits" (scores of 1e4), "expanded_grad" (the gradient of out.sum()).
+    as a float mask), "large_logits" (scores of 1e4), "expanded_grad" (the gradient of out.sum()), "growing" (scores
+    grow by 12 every 128 keys from the last one to the first, as kernels visit them: the worst for a running maximum).
     """
 
     name: str
@@ -115,6 +116,9 @@ class Case:
         sizes = [total for total, _ in spans]
         query, key, value = self._tensors(generator, sizes[0], sizes[1])
         query.mul_(self.magnitude)
+        if "growing" in self.tags:
+            query[..., 0] = self.head_dim**0.5
+            key[..., 0] = torch.arange(key.shape[2], 0, -1, device=device) * (12 / 128)
         for tensor, (_, unused) in zip((query, key, value), (spans[0], spans[1], spans[1]), strict=True):
             for batch, start, stop in unused:
                 tensor[batch, :, start:stop] = torch.nan

@@ -288,7 +288,7 @@ def _launch_queries(
         *_inputs(config, call, grad_out, 64, config.BLOCK),
         descriptor(grad_q, 64, config.WIDTH_D),
         QueryOutputs(Strided.of(grad_q), stats, flags),
-        coded(calls.swizzle(problem, call)),
+        tuple(map(coded, calls.order(problem, call, rows))),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),

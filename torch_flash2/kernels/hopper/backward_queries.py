@@ -167,7 +167,7 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
 
 @gluon.jit
 def backward_queries(
-    q, k, v, do, dq, outputs, swizzle, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, do, dq, outputs, coded_order, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of 64 * GROUPS query rows of one head."""
@@ -184,8 +184,9 @@ def backward_queries(
     rings = QueryTiles(query_tiles, do_tiles, key_tiles, value_tiles)
     fence_async_shared()
     rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, stats.pitch, outputs.flags)
+    order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
     task = query_task(
-        gl.program_id(0), tiles.decoded(swizzle), spans, rule.sizes, rules, BLOCK_M, SHAPE.BLOCK, SHAPE.BOTTOM_RIGHT,
+        gl.program_id(0), order, spans, rule.sizes, rules, BLOCK_M, SHAPE.BLOCK, SHAPE.BOTTOM_RIGHT,
         STEPS, 4,
     )  # fmt: skip
     if GROUPS == 2:

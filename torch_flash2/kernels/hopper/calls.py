@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -55,13 +57,26 @@ def descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), launching.tma_strides(tensor), [1, 1, rows, cols], layout)
 
 
-def swizzle(problem: Problem, call: Call) -> int:
-    """How many heads go side by side. Without a mask all tiles are of one length: one head after the other."""
+def order(problem: Problem, call: Call, rows: int) -> tuple[int, int]:
+    """The order of tiles of so many query rows: how many heads go side by side, so that their keys stay in L2, their
+    last tiles first, the longest under a causal mask; and how many of the first tiles of each head are kept for the
+    end, when those of all heads go side by side, again from the last to the first.
+
+    A block of heads whose tiles are not shared evenly by the multiprocessors would leave long tiles for the end: 13 %
+    of the time with a head dim of 256 and 2048 rows. Where a head has n tiles, long ones end up to n key tiles apart,
+    and k tiles kept of each head have k^2 / 2.
+    """
     if not problem.mask.bands and not problem.lengths:
-        return 1
+        # All tiles are of one length: one head after the other.
+        return 1, 0
     key_bytes = call.key.shape[2] * (problem.head_dim + problem.head_dim_v) * 2
     heads = max(1, L2_BYTES // max(key_bytes, 1)) * problem.group
-    return min(heads, problem.heads * (1 if problem.packed_q else problem.batch))
+    if problem.packed_q:
+        return min(heads, problem.heads), 0
+    all_heads = max(problem.heads * problem.batch, 1)
+    tiles = triton.cdiv(call.query.shape[2], rows)
+    kept = math.ceil(math.sqrt(problem.hardware.multiprocessors * tiles / all_heads))
+    return min(heads, all_heads), min(kept, tiles // 2)
 
 
 def hides(problem: Problem) -> bool:

@@ -11,7 +11,7 @@ from .pipeline import TASKS, Task, free_task, get_task, load_tiles, put_task, qu
 
 
 @gluon.jit
-def schedule(buffers, rule, swizzle, counter, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The scheduler warp: claim tasks when the producer asks, and hand them on. It is not the producer itself, because
     what a task is takes about as long to work out as a tile of keys."""
     BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
@@ -21,7 +21,7 @@ def schedule(buffers, rule, swizzle, counter, SHAPE: gl.constexpr, STEPS: gl.con
     done = 0
     while index < total:
         task = query_task(
-            index, swizzle, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS, 1
+            index, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS, 1
         )
         if task.count > 0:
             put_task(buffers.tasks, done, task)

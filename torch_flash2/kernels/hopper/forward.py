@@ -5,7 +5,6 @@ B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from ...problem import Call, Problem
 from ..bundles import Strided, coded
 from ..triton import launching, recording
 from . import calls
-from .calls import descriptor, hides, swizzle
+from .calls import descriptor, hides, order
 from .forward_kernel import attention_forward
 from .pipeline import COUNTERS, Plain, Shape
 
@@ -130,21 +129,6 @@ def _grid(problem: Problem, config: Config, call: Call) -> tuple[int, int]:
     return min(tiles, problem.hardware.multiprocessors), tiles
 
 
-def _side_by_side(problem: Problem, call: Call) -> int:
-    """How many heads go side by side: about as many as stay in L2, but such that tiles of one length share the
-    multiprocessors evenly. Powers of two were up to 4 % slower on the H200's 132."""
-    heads = swizzle(problem, call)
-    if heads == problem.heads * (1 if problem.packed_q else problem.batch):
-        return heads
-    return _nearest_divisor(heads, problem.hardware.multiprocessors)
-
-
-@functools.cache
-def _nearest_divisor(number: int, of: int) -> int:
-    """The divisor of `of` whose ratio to `number` is nearest to 1."""
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: max(d / number, number / d))
-
-
 def _workspace(problem: Problem, config: Config, call: Call) -> int:
     """How many zeros a launch takes: two counters, and where bands or lengths hide keys flags for careful.note_nan."""
     programs, tiles = _grid(problem, config, call)
@@ -166,7 +150,7 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
         lse,
         workspace,
         workspace if hides(problem) else None,
-        coded(_side_by_side(problem, call)),
+        tuple(map(coded, order(problem, call, 64 * config.GROUPS))),
         *launching.bundle(problem, call),
         shape(problem, config),
         launching.steps(problem),

@@ -361,7 +361,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
 
 @gluon.jit
 def attention_forward(
-    q, k, v, out, plain, lse, counter, flags, swizzle, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, out, plain, lse, counter, flags, coded_order, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: out [B, H, M, Dv] and lse [B, H, M] of all tiles that the counter hands out."""
@@ -390,14 +390,14 @@ def attention_forward(
     if flags is not None:
         places = flags + FLAGS
     rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, places)
-    count = tiles.decoded(swizzle)
+    order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_consume, (0, inputs, buffers, rule, SHAPE, STEPS)),
                 (_consume, (1, inputs, buffers, rule, SHAPE, STEPS)),
                 (produce, (inputs, buffers, rule, SHAPE)),
-                (schedule, (buffers, rule, count, counter, SHAPE, STEPS)),
+                (schedule, (buffers, rule, order, counter, SHAPE, STEPS)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -409,7 +409,7 @@ def attention_forward(
                 (_consume, (1, inputs, buffers, rule, SHAPE, STEPS)),
                 (_consume, (2, inputs, buffers, rule, SHAPE, STEPS)),
                 (produce, (inputs, buffers, rule, SHAPE)),
-                (schedule, (buffers, rule, count, counter, SHAPE, STEPS)),
+                (schedule, (buffers, rule, order, counter, SHAPE, STEPS)),
             ],
             [4, 4, 1, 1],
             [160, 160, 24, 24],
@@ -422,11 +422,11 @@ def attention_forward(
         forget_ring(buffers.k, SHAPE.STAGES)
         forget_ring(buffers.v, SHAPE.STAGES)
         forget(ask, TASKS)
-        _repair(inputs, rule, count, SHAPE, STEPS)
+        _repair(inputs, rule, order, SHAPE, STEPS)
 
 
 @gluon.jit
-def _repair(inputs, rule, swizzle, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+def _repair(inputs, rule, order, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """Attend again where a warpgroup of this program found NaN. It comes last, because registers that it needs would be
     spilled in the main loops."""
     BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
@@ -438,7 +438,7 @@ def _repair(inputs, rule, swizzle, SHAPE: gl.constexpr, STEPS: gl.constexpr):
         for place in range(0, total * SHAPE.GROUPS):
             if gl.load(places + place) == program + 1:
                 task = query_task(
-                    place % total, swizzle, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N,
+                    place % total, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N,
                     SHAPE.BOTTOM_RIGHT, STEPS, 4,
                 )  # fmt: skip
                 steps = steps_of(task.h, task, rule, STEPS)

@@ -241,16 +241,21 @@ def tasks_of(spans, sizes, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def query_task(index, swizzle, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """The index-th task. `swizzle` heads go side by side, so that their keys stay in L2, their last tiles first: the
-    longest under a causal mask. A task without stored rows has count 0."""
+    """The index-th task in the order of calls.order. A task without stored rows has count 0."""
     per_head, heads = tasks_of(spans, sizes, BLOCK_M)
-    block = index // (per_head * swizzle)
-    rest = index % (per_head * swizzle)
-    width = gl.minimum(swizzle, heads - block * swizzle)
-    tile = per_head - 1 - rest // width
-    head = block * swizzle + rest % width
+    together, kept = order
+    front = (per_head - kept) * heads
+    last = index >= front
+    place = gl.where(last, index - front, index)
+    size = gl.where(last, kept, per_head - kept)
+    together = gl.where(last, heads, together)
+    block = place // (size * together)
+    rest = place % (size * together)
+    width = gl.minimum(together, heads - block * together)
+    tile = gl.where(last, kept, per_head) - 1 - rest // width
+    head = block * together + rest % width
     h = head % sizes.H
     if spans.cu_q is None:
         b = head // sizes.H
