@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import compile_all
+import hypothesis
+import hypothesis.strategies as st
 import machine_code
 import pytest
 import torch
 
 import torch_flash2
-from torch_flash2 import testing
+from torch_flash2 import masks, testing
 from torch_flash2.testing import Case
 
 triton = pytest.importorskip("triton")
@@ -186,6 +191,39 @@ def test_configs_are_candidates() -> None:
         found = list(forward.candidates(posed))
         assert forward.Config(**row["config"]) in found
         assert all(forward.shared_bytes(posed, config) <= posed.hardware.shared_memory for config in found)
+
+
+@hypothesis.given(
+    head_dim=st.sampled_from((64, 128, 256)), seqlen=st.integers(300, 9000), heads=st.integers(1, 40),
+    batch=st.integers(1, 40), mask=st.sampled_from(("causal", "causal & window(3000, 0)", "full")),
+)  # fmt: skip
+def test_multiprocessors_share_the_work_evenly(head_dim: int, seqlen: int, heads: int, batch: int, mask: str) -> None:
+    """Each tile of query rows comes once, and the order leaves none to do much when the others are done."""
+    from torch_flash2.kernels.hopper import calls, forward, pipeline
+
+    case = Case("x", batch, heads, heads, seqlen, seqlen, head_dim, head_dim, "bf16", mask=mask, layout="bshd")
+    posed, call = compile_all.posed(case, "forward", "sm90")
+    config = forward.config(posed)
+    rows, count = 64 * config.GROUPS, posed.hardware.multiprocessors
+    per_head, total = triton.cdiv(seqlen, rows), triton.cdiv(seqlen, rows) * heads * batch
+    hypothesis.assume(4 * count <= total <= 10000)
+    # What the kernel's function does with numbers.
+    arithmetic = types.SimpleNamespace(where=lambda which, one, other: one if which else other, minimum=min)
+    placed = types.FunctionType(pipeline.placed.fn.__code__, {"gl": arithmetic})
+    order = calls.order(posed, call, rows)
+    places = [placed(index, per_head, heads * batch, order) for index in range(total)]
+    assert len(set(places)) == total
+    assert {*places} == set(itertools.product(range(heads * batch), range(per_head)))
+    ends = [0] * count
+    work = 0
+    for _, turn in places:
+        last = min(seqlen, (per_head - turn) * rows)
+        lo, hi = masks.parse(mask).keys(torch.tensor([last - 1]), seqlen, seqlen)
+        # What comes before and after a task takes as long as about two tiles of keys.
+        cost = 2 + triton.cdiv(int(hi - lo), config.BLOCK_N)
+        work += cost
+        heapq.heapreplace(ends, ends[0] + cost)
+    assert max(ends) <= 1.1 * work / count
 
 
 hopper = pytest.mark.skipif(

@@ -227,7 +227,8 @@ def _launch_keys(
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
         KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter),
-        (coded(_swizzle(problem, call)), coded(programs)),
+        tuple(map(coded, _order(problem, call, keys))),
+        coded(programs),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),
@@ -260,13 +261,13 @@ def _finish_queries(
     _repair_queries(problem, call, grad_out, stats, grad_q, flags, config.BLOCK)
 
 
-def _swizzle(problem: Problem, call: Call) -> int:
-    """How many key heads go side by side: their queries and output gradients should stay in L2."""
+def _order(problem: Problem, call: Call, keys: int) -> tuple[int, int]:
+    """The order of tiles of so many keys, as calls.order: heads whose queries and output gradients stay in L2."""
     if not problem.mask.bands and not problem.lengths:
-        return 1
+        return 1, 0
     row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
     heads = max(1, calls.L2_BYTES // max(row_bytes, 1))
-    return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch))
+    return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch)), 0
 
 
 def _tiles(problem: Problem, call: Call, rows: int) -> int:

@@ -46,14 +46,14 @@ def _load_keys(inputs, place, slot, k, v, KEYS: gl.constexpr, SHAPE: gl.constexp
 
 
 @gluon.jit
-def produce(inputs, outputs, swizzle, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
+def produce(inputs, outputs, order, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
             SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """The producer warp: it claims tasks, and loads of each the keys and values and then what passes them."""
     turn = total * 0
     at = total * 0
     index = gl.program_id(0)
     while index < total:
-        place = key_place(index, swizzle, rule.spans, rule.sizes, 64 * KEYS)
+        place = key_place(index, order, rule.spans, rule.sizes, 64 * KEYS)
         slot = turn % SHAPE.TASKS
         freed(fixed.tasks, turn, SHAPE.TASKS)
         _load_keys(inputs, place, slot, fixed.k, fixed.v, KEYS, SHAPE)

@@ -428,11 +428,11 @@ def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
 
 @gluon.jit
 def backward_keys(
-    q, k, v, do, stats, dk, dv, outputs, coded_order, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, do, stats, dk, dv, outputs, coded_order, coded_total, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one key head, summed over the query heads of its group: 64 keys a warpgroup, or
-    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is how many key heads go side by side, and how many
+    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is that of calls.order, the total how many
     tiles there are."""
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
@@ -463,8 +463,8 @@ def backward_keys(
     tasks_filled, tasks_free = ring_barriers(SHAPE.TASKS, GROUPS + 1 if SHAPE.APART else GROUPS)
     tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, LENGTH), stops, tasks_filled, tasks_free)
     fixed = Fixed(key_tiles, value_tiles, tasks)
-    number = tiles.decoded(coded_order[0])
-    total = tiles.decoded(coded_order[1])
+    order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
+    total = tiles.decoded(coded_total)
     if SHARED:
         handed_filled, handed_free = ring_barriers(2, 1)
         handed_data = gl.allocate_shared_memory(DTYPE, [2, 64, BLOCK_M], matrix(BLOCK_M, 2))
@@ -474,7 +474,7 @@ def backward_keys(
             [
                 (_consume_values, (dv_to, streams, fixed, handed, rule, SHAPE, STEPS)),
                 (_consume_scores, (dk_to, streams, fixed, handed, rule, SHAPE, STEPS)),
-                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -486,7 +486,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_sum_queries, (streams, fixed, rule, SHAPE)),
-                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [208, 64, 24],
@@ -497,7 +497,7 @@ def backward_keys(
             [
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -509,7 +509,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (2, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (produce, (inputs, outputs, number, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [160, 160, 24],

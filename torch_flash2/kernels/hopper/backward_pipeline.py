@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..bundles import Rows
 from ..device import bands, scores, tiles
 from . import compat
-from .pipeline import FIELDS, Ring, barriers, field, matrix, ring_barriers
+from .pipeline import FIELDS, Ring, barriers, field, matrix, placed, ring_barriers
 
 
 class BackwardShape(NamedTuple):
@@ -185,20 +185,15 @@ class KeyTask(NamedTuple):
 
 
 @gluon.jit
-def key_place(index, swizzle, spans, sizes, BLOCK_N: gl.constexpr):
-    """Of the index-th tile of BLOCK_N keys: its first key, key head, segment; and where the segment lies. `swizzle` key
-    heads go side by side, so that their queries stay in L2, their first tiles first: the longest under a causal
-    mask."""
+def key_place(index, order, spans, sizes, BLOCK_N: gl.constexpr):
+    """Of the index-th tile of BLOCK_N keys: its first key, key head, segment; and where the segment lies. Heads begin
+    with their first tile, the longest under a causal mask."""
     heads = sizes.H // sizes.group
     per_head = tiles.tile_count(spans.cu_k, sizes.B, sizes.N, BLOCK_N)
     all_heads = heads
     if spans.cu_k is None:
         all_heads = heads * sizes.B
-    block = index // (per_head * swizzle)
-    rest = index % (per_head * swizzle)
-    width = gl.minimum(swizzle, all_heads - block * swizzle)
-    tile = rest // width
-    head = block * swizzle + rest % width
+    head, tile = placed(index, per_head, all_heads, order)
     h = head % heads
     if spans.cu_k is None:
         b = head // heads

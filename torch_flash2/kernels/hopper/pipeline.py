@@ -241,21 +241,29 @@ def tasks_of(spans, sizes, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-               BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """The index-th task in the order of calls.order. A task without stored rows has count 0."""
-    per_head, heads = tasks_of(spans, sizes, BLOCK_M)
+def placed(index, per_head, heads, order):
+    """Which head's turn the index-th is in the order of calls.order, and which turn of that head."""
     together, kept = order
     front = (per_head - kept) * heads
     last = index >= front
     place = gl.where(last, index - front, index)
-    size = gl.where(last, kept, per_head - kept)
+    turns = gl.where(last, kept, per_head - kept)
     together = gl.where(last, heads, together)
-    block = place // (size * together)
-    rest = place % (size * together)
+    block = place // (turns * together)
+    rest = place % (turns * together)
     width = gl.minimum(together, heads - block * together)
-    tile = gl.where(last, kept, per_head) - 1 - rest // width
-    head = block * together + rest % width
+    turn = gl.where(last, per_head - kept, 0) + rest // width
+    return block * together + rest % width, turn
+
+
+@gluon.jit
+def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+               BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """The index-th task: heads begin with their last tile, the longest under a causal mask. A task without stored rows
+    has count 0."""
+    per_head, heads = tasks_of(spans, sizes, BLOCK_M)
+    head, turn = placed(index, per_head, heads, order)
+    tile = per_head - 1 - turn
     h = head % sizes.H
     if spans.cu_q is None:
         b = head // sizes.H
