@@ -142,9 +142,9 @@ def gpu_kinds() -> list[SdpaCall]:
 
 
 @st.composite
-def gpu_calls(draw: Any) -> SdpaCall:
-    """Random calls that share compiled kernels: few kinds, many sizes."""
-    kind = draw(st.sampled_from(gpu_kinds()))
+def gpu_calls(draw: Any, part: int, parts: int) -> SdpaCall:
+    """Random calls that share compiled kernels: few kinds, many sizes. Each of the parts has kinds of its own."""
+    kind = draw(st.sampled_from(gpu_kinds()[part::parts]))
     M, N = draw(st.integers(0, 300)), draw(st.integers(0, 300))
     if kind.mask in ("bool", "float", "learned"):
         # A row's stride that is a multiple of 16 is compiled apart.

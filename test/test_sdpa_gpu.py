@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import hypothesis.strategies as st
 import pytest
 import sdpa_calls
 import torch
@@ -26,7 +27,9 @@ from torch_flash2.stock import Sdpa
 
 pytestmark = pytest.mark.gpu
 sdp = torch.nn.functional.scaled_dot_product_attention
-EXAMPLES = int(os.environ.get("SDPA_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("SDPA_EXAMPLES", "104"))
+# Compiling takes most of the time: parts run beside one another.
+PARTS = 8
 
 
 def taken(label: str) -> bool:
@@ -43,11 +46,14 @@ def on() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False, database=None
-)
-@given(sdpa_calls.gpu_calls())
-def test_random_calls(call: SdpaCall) -> None:
+    max_examples=EXAMPLES // PARTS, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False,
+    database=None,
+)  # fmt: skip
+@given(data=st.data())
+def test_random_calls(part: int, data: st.DataObject) -> None:
+    call = data.draw(sdpa_calls.gpu_calls(part, PARTS))
     torch_flash2.stats(reset=True)
     # The first of its signature launches the long way, the second by what was recorded.
     problems = sdpa_calls.disagreements(call, *(sdpa_calls.run(call, "cuda") for _ in range(2)), device="cuda")
