@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..device import tiles
 from . import compat
-from .backward_feeding import advance, clean_rows, meet, produce, vector
+from .backward_feeding import advance, clean_rows, masked_rows, meet, next_turn, produce, vector
 from .backward_pipeline import (
     BackwardInputs,
     BackwardRule,
@@ -140,11 +140,11 @@ def _landed_beside(x, acc, PENDING: gl.constexpr):
 @gluon.jit
 def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
           SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
-    """dK and dV with the j-th tile of rows, of which the task's last is before the stop-th, the i-th of head h, and
-    dQ's part where it is summed here; the keys are in the home-th buffer: `at` is (j, h, i, stop, home). With `AHEAD`
-    `following` are the tile's products with the keys, and those of the next tile come back; `kept` are keys and values
-    in registers, or None."""
-    j, h, i, stop, home = at
+    """dK and dV with the j-th tile of rows, the one from row m0 of head h, and dQ's part where it is summed here; the
+    keys are in the home-th buffer, the task's first tile was the first-th: `at` is (j, h, m0, first, home). Also what
+    comes next, as Turn. With `AHEAD` `following` are the tile's products with the keys, and those of the next tile come
+    back; `kept` are keys and values in registers, or None."""
+    j, h, m0, first, home = at
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -160,7 +160,6 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     DTYPE: gl.constexpr = q.data.dtype
     slot = j % SHAPE.STAGES
     slot_v = j % SHAPE.STAGES_V
-    m0 = task.start + i * BLOCK_M
     m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
     n = task.n0 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
@@ -168,7 +167,7 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     if SHAPE.AHEAD and not MASKED:
         # Another 0 for this body: where both compute equal addresses, ptxas 12.8 leaves out some of the second's, here
         # with Triton 3.7 (test/machine_code.py). Elsewhere it would cost registers.
-        again = gl.minimum(i, 0)
+        again = gl.minimum(j, 0)
         slot += again
         slot_v += again
     mine = home * SHAPE.GROUPS + WG + again
@@ -181,6 +180,7 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
         s = scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
     lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
     filled(do, j, SHAPE.STAGES_V)
+    then = next_turn(j, h, m0, first, home, tasks, rule, SHAPE)
     dp = scores_of(kept[1], v, mine * CHUNKS_V, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
     if not SHAPE.AHEAD:
         s = warpgroup_mma_wait(CHUNKS_V, (s,))
@@ -196,13 +196,11 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
     if SHAPE.AHEAD:
         # S of the next tile, beside dV and the arithmetic of dS.
-        _, next_i = advance(h, i, task, SHAPE)
-        more = j + 1 < stop
         ahead = (j + 1) % SHAPE.STAGES
-        mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=more)
+        mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=then.more)
         if LENGTHS:
-            if more:
-                clean_rows(j + 1, task.start + next_i * BLOCK_M, streams, task, rule, WG, SHAPE)
+            if then.more:
+                clean_rows(j + 1, then.m0, streams, task, rule, WG, SHAPE)
         following = scores_of(kept[0], k, mine * CHUNKS_D, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
     ds = weight * (dp - vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
@@ -230,7 +228,7 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     else:
         dk = landed(dk, 0)
     mbarrier.arrive(q.free.index(slot))
-    return dk, dv, following
+    return dk, dv, following, then
 
 
 @gluon.jit
@@ -274,7 +272,6 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = steps_of(h, task, rule, STEPS)
-    i = task.count * 0
     some = task.count > 0
     stop = first + task.count * rule.sizes.group
     mine = home * SHAPE.GROUPS + WG
@@ -289,23 +286,23 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
             if some:
                 clean_rows(first, task.start, streams, task, rule, WG, SHAPE)
         s = warpgroup_mma_wait(0, (scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D),))
-    full_stop = task.full_stop
-    if rule.aside is not None:
-        # dQ sums over keys: those past the end must not count.
-        full_stop = gl.where(task.n0 + 64 * SHAPE.GROUPS > task.used_k, 0, full_stop)
-    for j in range(first, stop):
-        m0 = task.start + i * BLOCK_M
+    j = gl.to_tensor(first)
+    m0 = task.start
+    masks = masked_rows(m0, home, fixed.tasks)
+    more = some
+    while more:
         now = steps
         if SHAPE.GROUPED:
             now = steps_of(h, task, rule, STEPS)
         # Two bodies, so that a tile without a mask is worked on without a branch.
-        if (m0 < task.full_start) | (m0 >= full_stop):
-            dk, dv, s = _step((j, h, i, stop, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG, True,
-                              SHAPE, STEPS)  # fmt: skip
+        if masks:
+            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG, True,
+                                    SHAPE, STEPS)  # fmt: skip
         else:
-            dk, dv, s = _step((j, h, i, stop, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG, False,
-                              SHAPE, STEPS)  # fmt: skip
-        h, i = advance(h, i, task, SHAPE)
+            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG,
+                                    False, SHAPE, STEPS)  # fmt: skip
+        h, m0, masks, more = then
+        j += 1
     task = read_key_task(fixed.tasks, home)
     row = task.n0 + WG * 64
     store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, mine * CHUNKS_V, row, task.stored, task.used_k,

@@ -206,9 +206,9 @@ def key_place(index, order, spans, sizes, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def key_task(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LENGTH: gl.constexpr,
-             BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+             BOTTOM_RIGHT: gl.constexpr, SUMS: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """What the tile of keys at a place visits (one warp), and where the rows that see each key start and stop, LENGTH
-    numbers each; a key that no row sees starts past all of them."""
+    numbers each; a key that no row sees starts past all of them. SUMS: dQ is summed over these keys."""
     QUERIES: gl.constexpr = STEPS.QUERIES
     n0, h, b, batch_k, start_k, stored, used_k = place
     batch_q, start_q, _, used_q = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
@@ -220,9 +220,13 @@ def key_task(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.cons
     hi = gl.where(n0 < used_k, hi, lo)
     span = bands.tile_span(lo, hi, used_q, BLOCK_M, False)
     count = gl.cdiv(gl.maximum(span.stop - span.start, 0), BLOCK_M)
+    full_start = span.full_start
+    if SUMS:
+        # Sums over keys: those past the end must not count.
+        full_start = gl.where(n0 + BLOCK_N > used_k, 0x7FFFFFFF, full_start)
     task = KeyTask(
         n0, h, b, batch_q, start_q, used_q, batch_k, start_k, stored, used_k, shift, span.start, count,
-        span.full_start, span.full_stop,
+        full_start, span.full_stop,
     )  # fmt: skip
     return task, gl.where((n < used_k) & (lo < hi), lo, 0x7FFFFFFF), hi
 
