@@ -138,6 +138,17 @@ def _landed_beside(x, acc, PENDING: gl.constexpr):
 
 
 @gluon.jit
+def _await_next(j, then, streams, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Wait for the queries after the j-th tile of rows, if there are any: their buffer."""
+    ahead = (j + 1) % SHAPE.STAGES
+    mbarrier.wait(streams[0].filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=then.more)
+    if rule.spans.cu_q is not None or rule.spans.used_q is not None:
+        if then.more:
+            clean_rows(j + 1, then.m0, streams, task, rule, WG, SHAPE)
+    return ahead
+
+
+@gluon.jit
 def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
           SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """dK and dV with the j-th tile of rows, the one from row m0 of head h, and dQ's part where it is summed here; the
@@ -150,6 +161,7 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    SHARED_SUMS: gl.constexpr = rule.aside is not None and not SHAPE.APART
     # How many products dV may leave in flight: those of S and of dK.
     BEHIND: gl.constexpr = 2 * CHUNKS_D if SHAPE.AHEAD else CHUNKS_D
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -164,7 +176,7 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     n = task.n0 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
     # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
     again = gl.minimum(m0, 0)
-    if SHAPE.AHEAD and not MASKED:
+    if SHAPE.AHEAD and not MASKED and not SHARED_SUMS:
         # Another 0 for this body: where both compute equal addresses, ptxas 12.8 leaves out some of the second's, here
         # with Triton 3.7 (test/machine_code.py). Elsewhere it would cost registers.
         again = gl.minimum(j, 0)
@@ -178,12 +190,18 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
         if LENGTHS:
             clean_rows(j, m0, streams, task, rule, WG, SHAPE)
         s = scores_of(kept[0], k, mine * CHUNKS_D, q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
-    lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
+    AFTER: gl.constexpr = SHAPE.AHEAD and SHARED_SUMS
+    if not AFTER:
+        lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
     filled(do, j, SHAPE.STAGES_V)
     then = next_turn(j, h, m0, first, home, tasks, rule, SHAPE)
     dp = scores_of(kept[1], v, mine * CHUNKS_V, do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
     if not SHAPE.AHEAD:
         s = warpgroup_mma_wait(CHUNKS_V, (s,))
+    if AFTER:
+        # A branch, before which no exponential is taken: all of dP is issued first.
+        filled(do, j, SHAPE.STAGES_V)
+        lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
     x, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
     p = gl.exp2(x * rule.scoring.scale2 - lse2[None, :])
     if MASKED:
@@ -194,20 +212,15 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
     filled(do, j, SHAPE.STAGES_V)
     dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
-    if SHAPE.AHEAD:
+    if SHAPE.AHEAD and not SHARED_SUMS:
         # S of the next tile, beside dV and the arithmetic of dS.
-        ahead = (j + 1) % SHAPE.STAGES
-        mbarrier.wait(q.filled.index(ahead), ((j + 1) // SHAPE.STAGES) & 1, pred=then.more)
-        if LENGTHS:
-            if then.more:
-                clean_rows(j + 1, then.m0, streams, task, rule, WG, SHAPE)
+        ahead = _await_next(j, then, streams, task, rule, WG, SHAPE)
         following = scores_of(kept[0], k, mine * CHUNKS_D, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
     ds = weight * (dp - vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
         # A masked value may be NaN, and 0 * NaN is NaN.
         ds = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), ds, 0.0)
     ds = ds.to(DTYPE)
-    SHARED_SUMS: gl.constexpr = rule.aside is not None and not SHAPE.APART
     COLS: gl.constexpr = WIDTH_D // SHAPE.GROUPS
     if SHARED_SUMS:
         dq = _query_gradient(ds, j, k, home * SHAPE.GROUPS + again, exchange, WG, SHAPE)
@@ -220,6 +233,10 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
     if SHARED_SUMS:
         dq, dv = _landed_beside(dq, dv, CHUNKS_D)
         add_tile(_sums_tile(h, m0 // BLOCK_M, task, rule, SHAPE) + WG * (BLOCK_M * COLS), dq, BLOCK_M, COLS)
+        if SHAPE.AHEAD:
+            # S of the next tile behind dK: where dQ was there are registers for it now.
+            ahead = _await_next(j, then, streams, task, rule, WG, SHAPE)
+            following = scores_of(kept[0], k, mine * CHUNKS_D, q, ahead, BLOCK_M, WIDTH_D, CHUNKS_D)
     else:
         dv = landed(dv, BEHIND)
     mbarrier.arrive(do.free.index(slot_v))
