@@ -40,6 +40,7 @@ from .pipeline import (
     landed,
     matrix,
     operand,
+    parts,
     pass_turn,
     query_task,
     read_task,
@@ -141,7 +142,8 @@ def _finish(acc, weight, index, rule, inputs, buffers, WG: gl.constexpr, SHAPE: 
 @gluon.jit
 def _store(acc, weight, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Store out [64, Dv] of a task's rows: accumulators times the rows' weights, 0 in rows that see nothing."""
-    WIDTH: gl.constexpr = SHAPE.WIDTH_V
+    WIDTH: gl.constexpr = SHAPE.WIDTH_OUT
+    PARTS: gl.constexpr = SHAPE.WIDTH_V // WIDTH
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     OUT: gl.constexpr = inputs.out.dtype
     row = task.row + WG * 64
@@ -150,16 +152,19 @@ def _store(acc, weight, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl
         if rule.spans.used_q is not None:
             # Rows of padding may hold anything, and 0 times an infinity is NaN.
             tile = gl.where((weight == 0.0)[:, None], 0.0, tile)
-        tile = tile.to(OUT)
+        tiles_out = parts(tile.to(OUT), WIDTH)
         if rule.spans.cu_q is None:
-            _store_by_tma(tile, row, c, task, inputs, buffers, WG)
+            for i in gl.static_range(PARTS):
+                _store_by_tma(tiles_out[i], row, c * PARTS + i, task, inputs, buffers, WG)
         else:
             if row + 64 <= task.stored:
-                _store_by_tma(tile, row, c, task, inputs, buffers, WG)
+                for i in gl.static_range(PARTS):
+                    _store_by_tma(tiles_out[i], row, c * PARTS + i, task, inputs, buffers, WG)
             else:
                 # TMA would write over the next document's rows.
                 rows = Rows(inputs.plain.out, task.batch_q, task.h, task.start_q)
-                _store_by_pointer(tile, row, c * WIDTH, task.stored, rows)
+                for i in gl.static_range(PARTS):
+                    _store_by_pointer(tiles_out[i], row, (c * PARTS + i) * WIDTH, task.stored, rows)
 
 
 @gluon.jit
@@ -223,7 +228,7 @@ def _plain_turns(
         mbarrier.arrive(buffers.k.free.index(stage))
         left -= 1
         if left == 0:
-            mbarrier.arrive(buffers.q.free.index(slot))
+            mbarrier.arrive(buffers.q.free.index(slot * SHAPE.GROUPS + WG))
         used += 1
         n0 -= SHAPE.BLOCK_N
         s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
@@ -258,7 +263,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     task = get_task(buffers.tasks, 0, 4)
     steps = steps_of(task.h, task, rule, STEPS)
     some = task.count > 0
-    mbarrier.wait(buffers.q.filled.index(0), 0, pred=some)
+    mbarrier.wait(buffers.q.filled.index(WG), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
     s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, WG, SHAPE),))
     mbarrier.arrive(buffers.k.free.index(0), pred=some)
@@ -279,7 +284,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     going = task.count  # 0 after the last task
     left = task.count - 1  # tiles of the task whose Q K^T is not issued
     if left == 0:
-        mbarrier.arrive(buffers.q.free.index(0))
+        mbarrier.arrive(buffers.q.free.index(WG))
     fresh = task.count > 0  # whether P is of a task's first tile
     begun = left * 0 + 1  # tasks whose first Q K^T is issued
     used = left * 0 + 1  # tiles of keys whose Q K^T is issued
@@ -298,7 +303,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             full_start = following.full_start
             full_stop = following.full_stop
             slot, phase_q = ring_at(begun, Q_STAGES)
-            mbarrier.wait(buffers.q.filled.index(slot), phase_q, pred=going > 0)
+            mbarrier.wait(buffers.q.filled.index(slot * GROUPS + WG), phase_q, pred=going > 0)
             mbarrier.wait(buffers.k.filled.index(stage), phase, pred=going > 0)
         left -= 1
         n0 -= BLOCK_N
@@ -331,7 +336,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
                 base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
         mbarrier.arrive(buffers.k.free.index(stage), pred=going > 0)
         if left == 0:
-            mbarrier.arrive(buffers.q.free.index(slot))
+            mbarrier.arrive(buffers.q.free.index(slot * GROUPS + WG))
         used += 1
         p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
         # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
@@ -375,8 +380,9 @@ def attention_forward(
     v_data = gl.allocate_shared_memory(
         DTYPE, [SHAPE.STAGES * SHAPE.CHUNKS_V, 1, 1, SHAPE.BLOCK_N, SHAPE.WIDTH_V], matrix(SHAPE.WIDTH_V, 4)
     )
-    out_data = gl.allocate_shared_memory(DTYPE, [GROUPS, 64, SHAPE.WIDTH_V], matrix(SHAPE.WIDTH_V, 2))
-    q_filled, q_free = ring_barriers(SHAPE.Q_STAGES, GROUPS)
+    out_data = gl.allocate_shared_memory(DTYPE, [GROUPS, 64, SHAPE.WIDTH_OUT], matrix(SHAPE.WIDTH_OUT, 2))
+    # Each warpgroup has its own: where there is one buffer, the first's next rows come while the second still works.
+    q_filled, q_free = ring_barriers(SHAPE.Q_STAGES * GROUPS, 1)
     k_filled, k_free = ring_barriers(SHAPE.STAGES, GROUPS)
     v_filled, v_free = ring_barriers(SHAPE.STAGES, GROUPS)
     ask = barriers(TASKS, 1)
@@ -418,7 +424,7 @@ def attention_forward(
     if flags is not None:
         # Repairing uses shared memory of its own.
         forget_ring(buffers.tasks, TASKS)
-        forget_ring(buffers.q, SHAPE.Q_STAGES)
+        forget_ring(buffers.q, SHAPE.Q_STAGES * GROUPS)
         forget_ring(buffers.k, SHAPE.STAGES)
         forget_ring(buffers.v, SHAPE.STAGES)
         forget(ask, TASKS)
