@@ -35,6 +35,7 @@ class Config(NamedTuple):
     TURNS: bool
     LATE: bool
     APART: bool
+    HELD: bool
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -144,6 +145,7 @@ def shape(problem: Problem, config: Config) -> Shape:
         config.TURNS,
         config.LATE,
         config.APART,
+        config.HELD,
     )
 
 

@@ -69,8 +69,28 @@ class State(NamedTuple):
 
 
 @gluon.jit
-def _query_key(buffers, q_slot, stage, steps, WG: gl.constexpr, SHAPE: gl.constexpr):
-    """Issue S = Q K^T [64, BLOCK_N]."""
+def _queries(buffers, q_slot, chunk, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """The queries [64, WIDTH_D] of a warpgroup in shared memory."""
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    q = buffers.q.data.index((q_slot * SHAPE.GROUPS + WG) * SHAPE.CHUNKS_D + chunk)
+    return q._reinterpret(buffers.q.data.dtype, [64, WIDTH_D], matrix(WIDTH_D, 2))
+
+
+@gluon.jit
+def _hold(buffers, q_slot, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Where they are held, a warpgroup's queries as register operands: products then read half as many rows from shared
+    memory, whose bandwidth is near its limit."""
+    L: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.BLOCK_N, 16]), 2)
+    CHUNKS: gl.constexpr = SHAPE.CHUNKS_D if SHAPE.HELD else 0
+    held = ()
+    for c in gl.static_range(CHUNKS):
+        held = held + (_queries(buffers, q_slot, c, WG, SHAPE).load(L),)
+    return held
+
+
+@gluon.jit
+def _query_key(buffers, q_slot, stage, held, steps, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Issue S = Q K^T [64, BLOCK_N]; `held` is what `_hold` gave."""
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
@@ -78,11 +98,13 @@ def _query_key(buffers, q_slot, stage, steps, WG: gl.constexpr, SHAPE: gl.conste
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     s = gl.zeros([64, BLOCK_N], gl.float32, L)
     for c in gl.static_range(CHUNKS_D):
-        q = buffers.q.data.index((q_slot * SHAPE.GROUPS + WG) * CHUNKS_D + c)
         k = buffers.k.data.index(stage * CHUNKS_D + c)
-        q = q._reinterpret(DTYPE, [64, WIDTH_D], matrix(WIDTH_D, 2))
         k = k._reinterpret(DTYPE, [BLOCK_N, WIDTH_D], matrix(WIDTH_D, 2))
-        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        if SHAPE.HELD:
+            s = warpgroup_mma(held[c], k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        else:
+            q = _queries(buffers, q_slot, c, WG, SHAPE)
+            s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
     if SHAPE.TILTED:
         s = warpgroup_mma(steps[1], buffers.tilt.permute((1, 0)), s, is_async=True)
     return s
@@ -205,7 +227,7 @@ def _scale_all(acc, factor, SHAPE: gl.constexpr):
 
 @gluon.jit
 def _plain_turns(
-    count, state, n0, left, used, slot, place, steps, rule, buffers,
+    count, state, n0, left, used, slot, held, place, steps, rule, buffers,
     WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """`count` turns of `_consume` on tiles without a mask, neither the first nor the second of their task. Shorter than
@@ -219,7 +241,7 @@ def _plain_turns(
         stage_v, phase_v = ring_at(used - 1, STAGES)
         if SHAPE.TURNS:
             take_turn(WG)
-        s = _query_key(buffers, slot, stage, steps, WG, SHAPE)
+        s = _query_key(buffers, slot, stage, held, steps, WG, SHAPE)
         p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
         acc = _scale_all(acc, decay, SHAPE)
         mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
@@ -267,7 +289,8 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     some = task.count > 0
     mbarrier.wait(buffers.q.filled.index(WG), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
-    s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, steps, WG, SHAPE),))
+    held = _hold(buffers, 0, WG, SHAPE)
+    s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, held, steps, WG, SHAPE),))
     mbarrier.arrive(buffers.k.free.index(0), pred=some)
     n0 = task.top
     place = task.row + shift(task, SHAPE)
@@ -306,6 +329,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             full_stop = following.full_stop
             slot, phase_q = ring_at(begun, Q_STAGES)
             mbarrier.wait(buffers.q.filled.index(slot * GROUPS + WG), phase_q, pred=going > 0)
+            held = _hold(buffers, slot, WG, SHAPE)
             mbarrier.wait(buffers.k.filled.index(stage), phase, pred=going > 0)
         left -= 1
         n0 -= BLOCK_N
@@ -313,7 +337,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         slot, _ = ring_at(current, Q_STAGES)
         if SHAPE.TURNS:
             take_turn(WG)
-        s = _query_key(buffers, slot, stage, steps, WG, SHAPE)
+        s = _query_key(buffers, slot, stage, held, steps, WG, SHAPE)
         p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
         if fresh & (begun >= 2):
             _finish(acc, weight, begun - 2, rule, inputs, buffers, WG, SHAPE)
@@ -355,7 +379,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             apart = gl.where(begins | (n0 - BLOCK_N >= full_stop), 0, apart)
             state = State(p, acc, base, sums, decay)
             state, n0, left, used = _plain_turns(
-                apart, state, n0, left, used, slot, place, steps, rule, buffers, WG, SHAPE, STEPS
+                apart, state, n0, left, used, slot, held, place, steps, rule, buffers, WG, SHAPE, STEPS
             )
             p, acc, base, sums, decay = state
     if begun > 1:

@@ -25,8 +25,8 @@ class Shape(NamedTuple):
     """Compile-time numbers: consumer warpgroups of 64 rows, keys of a tile, buffers of keys and of values, buffers of
     queries; the columns of a tile and how many tiles side by side make D and Dv; the columns that a warpgroup stores at
     once; whether the bands bound keys on the left; whether ALiBi is the only step and no key after a row's own position
-    is seen; alignment; whether warpgroups take turns, whether P waits in fp32 until the next product is issued, and
-    whether tiles without a mask have a loop of their own."""
+    is seen; alignment; whether warpgroups take turns, whether P waits in fp32 until the next product is issued,
+    whether tiles without a mask have a loop of their own, and whether queries are held in registers."""
 
     GROUPS: int
     BLOCK_N: int
@@ -43,6 +43,7 @@ class Shape(NamedTuple):
     TURNS: bool
     LATE: bool
     APART: bool
+    HELD: bool
 
 
 class Inputs(NamedTuple):
