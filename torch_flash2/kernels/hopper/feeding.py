@@ -57,13 +57,14 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
     """The producer warp: load the tiles of each task.
 
     Values follow the keys of the tile after theirs, as they are used: a buffer of values is free a turn later than one
-    of keys.
+    of keys. Where queries have one buffer, a task's first keys come before them: theirs is free earlier.
     """
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    BYTES_Q: gl.constexpr = 64 * GROUPS * SHAPE.WIDTH_D * CHUNKS_D * 2
+    BYTES_Q: gl.constexpr = 64 * SHAPE.WIDTH_D * CHUNKS_D * 2
+    KEYS_FIRST: gl.constexpr = SHAPE.Q_STAGES == 1
     loaded = 0
     done = 0
     # The tile whose values are not loaded.
@@ -74,20 +75,25 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
     task = get_task(buffers.tasks, 0, 1)
     while task.count > 0:
         free_task(buffers.tasks, done)
-        slot, phase = ring_at(done, SHAPE.Q_STAGES)
-        mbarrier.wait(buffers.q.free.index(slot), phase ^ 1)
-        mbarrier.expect(buffers.q.filled.index(slot), BYTES_Q)
-        for w in gl.static_range(GROUPS):
-            load_tiles(
-                inputs.q, task.start_q, task.batch_q, task.h, task.row + w * 64, buffers.q.filled.index(slot),
-                buffers.q.data, (slot * GROUPS + w) * CHUNKS_D, SHAPE.WIDTH_D, CHUNKS_D,
-            )  # fmt: skip
         head = task.h // rule.sizes.group
+        if KEYS_FIRST:
+            row = task.start_k + task.top
+            _load(inputs.k, buffers.k, loaded, task.batch_k, head, row, SHAPE.WIDTH_D, CHUNKS_D, SHAPE)
+        slot, phase = ring_at(done, SHAPE.Q_STAGES)
+        for w in gl.static_range(GROUPS):
+            place = slot * GROUPS + w
+            mbarrier.wait(buffers.q.free.index(place), phase ^ 1)
+            mbarrier.expect(buffers.q.filled.index(place), BYTES_Q)
+            load_tiles(
+                inputs.q, task.start_q, task.batch_q, task.h, task.row + w * 64, buffers.q.filled.index(place),
+                buffers.q.data, place * CHUNKS_D, SHAPE.WIDTH_D, CHUNKS_D,
+            )  # fmt: skip
         # Asking earlier would share out the work less evenly.
         asking = gl.maximum(task.count - 3, 0)
         for j in range(task.count):
             row = task.start_k + task.top - j * BLOCK_N
-            _load(inputs.k, buffers.k, loaded, task.batch_k, head, row, SHAPE.WIDTH_D, CHUNKS_D, SHAPE)
+            if (j > 0) | (KEYS_FIRST == 0):
+                _load(inputs.k, buffers.k, loaded, task.batch_k, head, row, SHAPE.WIDTH_D, CHUNKS_D, SHAPE)
             if late > 0:
                 _load(inputs.v, buffers.v, loaded - 1, batch, group_head, late_row, SHAPE.WIDTH_V, CHUNKS_V, SHAPE)
             late = 1
@@ -97,7 +103,7 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
             loaded += 1
             if j == asking:
                 mbarrier.arrive(buffers.ask.index(done % TASKS))
-        if SHAPE.Q_STAGES == 1:
+        if KEYS_FIRST:
             # The next queries wait for the end of this task.
             _load(inputs.v, buffers.v, loaded - 1, batch, group_head, late_row, SHAPE.WIDTH_V, CHUNKS_V, SHAPE)
             late = 0

@@ -34,6 +34,7 @@ class Config(NamedTuple):
     TURNS: bool
     LATE: bool
     APART: bool
+    HELD: bool
 
 
 def why_not(problem: Problem) -> Iterator[str]:
@@ -97,10 +98,32 @@ def candidates(problem: Problem) -> Iterator[Config]:
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """What the buffers of a program take, with 1 KB for barriers and the ring of tasks."""
+    return _loaded_bytes(problem, config) + _stored_bytes(config, _width_out(problem, config))
+
+
+def _loaded_bytes(problem: Problem, config: Config) -> int:
     D = triton.cdiv(problem.head_dim, config.WIDTH_D) * config.WIDTH_D
     Dv = triton.cdiv(problem.head_dim_v, config.WIDTH_V) * config.WIDTH_V
-    queries = config.GROUPS * 64 * (config.Q_STAGES * D + config.WIDTH_V)
-    return 2 * (queries + config.STAGES * config.BLOCK_N * (D + Dv)) + 1024
+    queries = config.GROUPS * 64 * config.Q_STAGES * D
+    keys = config.BLOCK_N * (config.STAGES * (D + Dv) + (16 if _tilted(problem) else 0))
+    return 2 * (queries + keys) + 1024
+
+
+def _tilted(problem: Problem) -> bool:
+    """Whether ALiBi can be part of the product: it is the only step, and linear in the key for all that rows see."""
+    return problem.steps == ("alibi",) and any(isinstance(band, masks.Causal) for band in problem.mask.bands)
+
+
+def _stored_bytes(config: Config, width: int) -> int:
+    return 2 * config.GROUPS * 64 * width
+
+
+def _width_out(problem: Problem, config: Config) -> int:
+    """The columns that a warpgroup stores at once: those of an accumulator, or of a part of it where shared memory has
+    no room for more."""
+    room = problem.hardware.shared_memory - _loaded_bytes(problem, config)
+    widths = (width for width in (256, 128, 64) if width <= config.WIDTH_V)
+    return next((width for width in widths if _stored_bytes(config, width) <= room), min(config.WIDTH_V, 64))
 
 
 def shape(problem: Problem, config: Config) -> Shape:
@@ -114,12 +137,14 @@ def shape(problem: Problem, config: Config) -> Shape:
         triton.cdiv(problem.head_dim, config.WIDTH_D),
         config.WIDTH_V,
         triton.cdiv(problem.head_dim_v, config.WIDTH_V),
+        _width_out(problem, config),
         problem.mask.bounds_left,
-        "alibi" in problem.steps and any(isinstance(band, masks.Causal) for band in problem.mask.bands),
+        _tilted(problem),
         problem.mask.align == "bottom-right",
         config.TURNS,
         config.LATE,
         config.APART,
+        config.HELD,
     )
 
 
@@ -145,7 +170,7 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
         descriptor(call.query, 64, config.WIDTH_D),
         descriptor(call.key, config.BLOCK_N, config.WIDTH_D),
         descriptor(call.value, config.BLOCK_N, config.WIDTH_V),
-        descriptor(out, 64, config.WIDTH_V),
+        descriptor(out, 64, _width_out(problem, config)),
         Plain(*map(Strided.of, (call.query, call.key, call.value, out))),
         lse,
         workspace,

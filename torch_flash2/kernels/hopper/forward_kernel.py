@@ -40,6 +40,7 @@ from .pipeline import (
     landed,
     matrix,
     operand,
+    parts,
     pass_turn,
     query_task,
     read_task,
@@ -51,7 +52,7 @@ from .pipeline import (
     tasks_of,
     zeros,
 )
-from .scoring import lead, masked, row_maxima, scores_of, shift, softmax, spread
+from .scoring import lead, masked, prepare, row_maxima, scores_of, shift, softmax, spread, tilt
 
 FLAGS = gl.constexpr(COUNTERS)
 
@@ -68,8 +69,28 @@ class State(NamedTuple):
 
 
 @gluon.jit
-def _query_key(buffers, q_slot, stage, WG: gl.constexpr, SHAPE: gl.constexpr):
-    """Issue S = Q K^T [64, BLOCK_N]; CHUNKS_D products in flight."""
+def _queries(buffers, q_slot, chunk, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """The queries [64, WIDTH_D] of a warpgroup in shared memory."""
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    q = buffers.q.data.index((q_slot * SHAPE.GROUPS + WG) * SHAPE.CHUNKS_D + chunk)
+    return q._reinterpret(buffers.q.data.dtype, [64, WIDTH_D], matrix(WIDTH_D, 2))
+
+
+@gluon.jit
+def _hold(buffers, q_slot, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Where they are held, a warpgroup's queries as register operands: products then read half as many rows from shared
+    memory, whose bandwidth is near its limit."""
+    L: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.BLOCK_N, 16]), 2)
+    CHUNKS: gl.constexpr = SHAPE.CHUNKS_D if SHAPE.HELD else 0
+    held = ()
+    for c in gl.static_range(CHUNKS):
+        held = held + (_queries(buffers, q_slot, c, WG, SHAPE).load(L),)
+    return held
+
+
+@gluon.jit
+def _query_key(buffers, q_slot, stage, held, steps, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Issue S = Q K^T [64, BLOCK_N]; `held` is what `_hold` gave."""
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
@@ -77,11 +98,15 @@ def _query_key(buffers, q_slot, stage, WG: gl.constexpr, SHAPE: gl.constexpr):
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     s = gl.zeros([64, BLOCK_N], gl.float32, L)
     for c in gl.static_range(CHUNKS_D):
-        q = buffers.q.data.index((q_slot * SHAPE.GROUPS + WG) * CHUNKS_D + c)
         k = buffers.k.data.index(stage * CHUNKS_D + c)
-        q = q._reinterpret(DTYPE, [64, WIDTH_D], matrix(WIDTH_D, 2))
         k = k._reinterpret(DTYPE, [BLOCK_N, WIDTH_D], matrix(WIDTH_D, 2))
-        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        if SHAPE.HELD:
+            s = warpgroup_mma(held[c], k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        else:
+            q = _queries(buffers, q_slot, c, WG, SHAPE)
+            s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    if SHAPE.TILTED:
+        s = warpgroup_mma(steps[1], buffers.tilt.permute((1, 0)), s, is_async=True)
     return s
 
 
@@ -141,7 +166,8 @@ def _finish(acc, weight, index, rule, inputs, buffers, WG: gl.constexpr, SHAPE: 
 @gluon.jit
 def _store(acc, weight, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Store out [64, Dv] of a task's rows: accumulators times the rows' weights, 0 in rows that see nothing."""
-    WIDTH: gl.constexpr = SHAPE.WIDTH_V
+    WIDTH: gl.constexpr = SHAPE.WIDTH_OUT
+    PARTS: gl.constexpr = SHAPE.WIDTH_V // WIDTH
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     OUT: gl.constexpr = inputs.out.dtype
     row = task.row + WG * 64
@@ -150,16 +176,19 @@ def _store(acc, weight, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl
         if rule.spans.used_q is not None:
             # Rows of padding may hold anything, and 0 times an infinity is NaN.
             tile = gl.where((weight == 0.0)[:, None], 0.0, tile)
-        tile = tile.to(OUT)
+        tiles_out = parts(tile.to(OUT), WIDTH)
         if rule.spans.cu_q is None:
-            _store_by_tma(tile, row, c, task, inputs, buffers, WG)
+            for i in gl.static_range(PARTS):
+                _store_by_tma(tiles_out[i], row, c * PARTS + i, task, inputs, buffers, WG)
         else:
             if row + 64 <= task.stored:
-                _store_by_tma(tile, row, c, task, inputs, buffers, WG)
+                for i in gl.static_range(PARTS):
+                    _store_by_tma(tiles_out[i], row, c * PARTS + i, task, inputs, buffers, WG)
             else:
                 # TMA would write over the next document's rows.
                 rows = Rows(inputs.plain.out, task.batch_q, task.h, task.start_q)
-                _store_by_pointer(tile, row, c * WIDTH, task.stored, rows)
+                for i in gl.static_range(PARTS):
+                    _store_by_pointer(tiles_out[i], row, (c * PARTS + i) * WIDTH, task.stored, rows)
 
 
 @gluon.jit
@@ -198,7 +227,7 @@ def _scale_all(acc, factor, SHAPE: gl.constexpr):
 
 @gluon.jit
 def _plain_turns(
-    count, state, n0, left, used, slot, place, steps, rule, buffers,
+    count, state, n0, left, used, slot, held, place, steps, rule, buffers,
     WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """`count` turns of `_consume` on tiles without a mask, neither the first nor the second of their task. Shorter than
@@ -212,7 +241,7 @@ def _plain_turns(
         stage_v, phase_v = ring_at(used - 1, STAGES)
         if SHAPE.TURNS:
             take_turn(WG)
-        s = _query_key(buffers, slot, stage, WG, SHAPE)
+        s = _query_key(buffers, slot, stage, held, steps, WG, SHAPE)
         p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
         acc = _scale_all(acc, decay, SHAPE)
         mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
@@ -223,11 +252,11 @@ def _plain_turns(
         mbarrier.arrive(buffers.k.free.index(stage))
         left -= 1
         if left == 0:
-            mbarrier.arrive(buffers.q.free.index(slot))
+            mbarrier.arrive(buffers.q.free.index(slot * SHAPE.GROUPS + WG))
         used += 1
         n0 -= SHAPE.BLOCK_N
         s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE)
         # As in `_consume`: this wait ends the basic block.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -256,11 +285,12 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if WG == GROUPS - 1:
             pass_turn(0)
     task = get_task(buffers.tasks, 0, 4)
-    steps = steps_of(task.h, task, rule, STEPS)
+    steps = prepare(task.h, task, rule, DTYPE, SHAPE, STEPS)
     some = task.count > 0
-    mbarrier.wait(buffers.q.filled.index(0), 0, pred=some)
+    mbarrier.wait(buffers.q.filled.index(WG), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
-    s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, WG, SHAPE),))
+    held = _hold(buffers, 0, WG, SHAPE)
+    s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, held, steps, WG, SHAPE),))
     mbarrier.arrive(buffers.k.free.index(0), pred=some)
     n0 = task.top
     place = task.row + shift(task, SHAPE)
@@ -269,17 +299,17 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
     if (n0 < full_start) | (n0 >= full_stop):
         s = masked(s, n0, 0, rule, buffers, WG, SHAPE, STEPS)
-    base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
+    base = row_maxima(s, n0, place, steps, rule, SHAPE)
     L: gl.constexpr = base.type.layout
     sums = gl.full([64, 4], 0.0, gl.float32, L)
-    p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+    p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE)
     p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
     acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     weight = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, ACC))
     going = task.count  # 0 after the last task
     left = task.count - 1  # tiles of the task whose Q K^T is not issued
     if left == 0:
-        mbarrier.arrive(buffers.q.free.index(0))
+        mbarrier.arrive(buffers.q.free.index(WG))
     fresh = task.count > 0  # whether P is of a task's first tile
     begun = left * 0 + 1  # tasks whose first Q K^T is issued
     used = left * 0 + 1  # tiles of keys whose Q K^T is issued
@@ -290,7 +320,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         begins = left == 0
         if begins:
             following = get_task(buffers.tasks, begun, 4)
-            steps = steps_of(following.h, following, rule, STEPS)
+            steps = prepare(following.h, following, rule, DTYPE, SHAPE, STEPS)
             going = following.count
             left = following.count
             n0 = following.top + BLOCK_N
@@ -298,7 +328,8 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             full_start = following.full_start
             full_stop = following.full_stop
             slot, phase_q = ring_at(begun, Q_STAGES)
-            mbarrier.wait(buffers.q.filled.index(slot), phase_q, pred=going > 0)
+            mbarrier.wait(buffers.q.filled.index(slot * GROUPS + WG), phase_q, pred=going > 0)
+            held = _hold(buffers, slot, WG, SHAPE)
             mbarrier.wait(buffers.k.filled.index(stage), phase, pred=going > 0)
         left -= 1
         n0 -= BLOCK_N
@@ -306,7 +337,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         slot, _ = ring_at(current, Q_STAGES)
         if SHAPE.TURNS:
             take_turn(WG)
-        s = _query_key(buffers, slot, stage, WG, SHAPE)
+        s = _query_key(buffers, slot, stage, held, steps, WG, SHAPE)
         p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
         if fresh & (begun >= 2):
             _finish(acc, weight, begun - 2, rule, inputs, buffers, WG, SHAPE)
@@ -328,12 +359,12 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             if masks:
                 s = masked(s, n0, current, rule, buffers, WG, SHAPE, STEPS)
             if begins:
-                base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
+                base = row_maxima(s, n0, place, steps, rule, SHAPE)
         mbarrier.arrive(buffers.k.free.index(stage), pred=going > 0)
         if left == 0:
-            mbarrier.arrive(buffers.q.free.index(slot))
+            mbarrier.arrive(buffers.q.free.index(slot * GROUPS + WG))
         used += 1
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE)
         # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -348,7 +379,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             apart = gl.where(begins | (n0 - BLOCK_N >= full_stop), 0, apart)
             state = State(p, acc, base, sums, decay)
             state, n0, left, used = _plain_turns(
-                apart, state, n0, left, used, slot, place, steps, rule, buffers, WG, SHAPE, STEPS
+                apart, state, n0, left, used, slot, held, place, steps, rule, buffers, WG, SHAPE, STEPS
             )
             p, acc, base, sums, decay = state
     if begun > 1:
@@ -375,14 +406,18 @@ def attention_forward(
     v_data = gl.allocate_shared_memory(
         DTYPE, [SHAPE.STAGES * SHAPE.CHUNKS_V, 1, 1, SHAPE.BLOCK_N, SHAPE.WIDTH_V], matrix(SHAPE.WIDTH_V, 4)
     )
-    out_data = gl.allocate_shared_memory(DTYPE, [GROUPS, 64, SHAPE.WIDTH_V], matrix(SHAPE.WIDTH_V, 2))
-    q_filled, q_free = ring_barriers(SHAPE.Q_STAGES, GROUPS)
+    out_data = gl.allocate_shared_memory(DTYPE, [GROUPS, 64, SHAPE.WIDTH_OUT], matrix(SHAPE.WIDTH_OUT, 2))
+    # Each warpgroup has its own: where there is one buffer, the first's next rows come while the second still works.
+    q_filled, q_free = ring_barriers(SHAPE.Q_STAGES * GROUPS, 1)
     k_filled, k_free = ring_barriers(SHAPE.STAGES, GROUPS)
     v_filled, v_free = ring_barriers(SHAPE.STAGES, GROUPS)
     ask = barriers(TASKS, 1)
+    tilted = None
+    if SHAPE.TILTED:
+        tilted = tilt(DTYPE, SHAPE)
     buffers = Buffers(
         task_ring(GROUPS + 1), Ring(q_data, q_filled, q_free), Ring(k_data, k_filled, k_free),
-        Ring(v_data, v_filled, v_free), out_data, ask,
+        Ring(v_data, v_filled, v_free), out_data, ask, tilted,
     )  # fmt: skip
     fence_async_shared()
     inputs = Inputs(q, k, v, out, plain)
@@ -418,7 +453,7 @@ def attention_forward(
     if flags is not None:
         # Repairing uses shared memory of its own.
         forget_ring(buffers.tasks, TASKS)
-        forget_ring(buffers.q, SHAPE.Q_STAGES)
+        forget_ring(buffers.q, SHAPE.Q_STAGES * GROUPS)
         forget_ring(buffers.k, SHAPE.STAGES)
         forget_ring(buffers.v, SHAPE.STAGES)
         forget(ask, TASKS)

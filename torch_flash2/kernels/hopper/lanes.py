@@ -3,8 +3,8 @@
 Scalar functions for gl.map_elementwise: one call has all the elements that a thread holds of a tile, so its branch is
 a real one (a uniform tensor branch has no other form in Gluon). N elements x of an accumulator in MMA order, where
 elements 0 and 2 are of the thread's two rows, and the N factors a of those rows. Softmaxes have scores s, the bases b
-and N times the factor k from scores to log2 units; where those depend on the key's distance, N times ALiBi's slope t
-and the offsets o; results of which there are fewer than N stand there repeatedly.
+and N times the factor k from scores to log2 units, and what ALiBi takes from all scores of the tile, o; results of
+which there are fewer than N stand there repeatedly.
 """
 
 from triton.experimental import gluon
@@ -167,6 +167,160 @@ def rescale64(
 
 
 @gluon.jit
+def rescale128(
+    x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15, x16, x17, x18, x19, x20, x21, x22, x23,
+    x24, x25, x26, x27, x28, x29, x30, x31, x32, x33, x34, x35, x36, x37, x38, x39, x40, x41, x42, x43, x44, x45,
+    x46, x47, x48, x49, x50, x51, x52, x53, x54, x55, x56, x57, x58, x59, x60, x61, x62, x63, x64, x65, x66, x67,
+    x68, x69, x70, x71, x72, x73, x74, x75, x76, x77, x78, x79, x80, x81, x82, x83, x84, x85, x86, x87, x88, x89,
+    x90, x91, x92, x93, x94, x95, x96, x97, x98, x99, x100, x101, x102, x103, x104, x105, x106, x107, x108, x109,
+    x110, x111, x112, x113, x114, x115, x116, x117, x118, x119, x120, x121, x122, x123, x124, x125, x126, x127, a0,
+    a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, a16, a17, a18, a19, a20, a21, a22, a23, a24,
+    a25, a26, a27, a28, a29, a30, a31, a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42, a43, a44, a45, a46,
+    a47, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63, a64, a65, a66, a67, a68,
+    a69, a70, a71, a72, a73, a74, a75, a76, a77, a78, a79, a80, a81, a82, a83, a84, a85, a86, a87, a88, a89, a90,
+    a91, a92, a93, a94, a95, a96, a97, a98, a99, a100, a101, a102, a103, a104, a105, a106, a107, a108, a109, a110,
+    a111, a112, a113, a114, a115, a116, a117, a118, a119, a120, a121, a122, a123, a124, a125, a126, a127,
+):  # fmt: skip
+    if (a0 != 1.0) | (a2 != 1.0):
+        x0 = x0 * a0
+        x1 = x1 * a1
+        x2 = x2 * a2
+        x3 = x3 * a3
+        x4 = x4 * a4
+        x5 = x5 * a5
+        x6 = x6 * a6
+        x7 = x7 * a7
+        x8 = x8 * a8
+        x9 = x9 * a9
+        x10 = x10 * a10
+        x11 = x11 * a11
+        x12 = x12 * a12
+        x13 = x13 * a13
+        x14 = x14 * a14
+        x15 = x15 * a15
+        x16 = x16 * a16
+        x17 = x17 * a17
+        x18 = x18 * a18
+        x19 = x19 * a19
+        x20 = x20 * a20
+        x21 = x21 * a21
+        x22 = x22 * a22
+        x23 = x23 * a23
+        x24 = x24 * a24
+        x25 = x25 * a25
+        x26 = x26 * a26
+        x27 = x27 * a27
+        x28 = x28 * a28
+        x29 = x29 * a29
+        x30 = x30 * a30
+        x31 = x31 * a31
+        x32 = x32 * a32
+        x33 = x33 * a33
+        x34 = x34 * a34
+        x35 = x35 * a35
+        x36 = x36 * a36
+        x37 = x37 * a37
+        x38 = x38 * a38
+        x39 = x39 * a39
+        x40 = x40 * a40
+        x41 = x41 * a41
+        x42 = x42 * a42
+        x43 = x43 * a43
+        x44 = x44 * a44
+        x45 = x45 * a45
+        x46 = x46 * a46
+        x47 = x47 * a47
+        x48 = x48 * a48
+        x49 = x49 * a49
+        x50 = x50 * a50
+        x51 = x51 * a51
+        x52 = x52 * a52
+        x53 = x53 * a53
+        x54 = x54 * a54
+        x55 = x55 * a55
+        x56 = x56 * a56
+        x57 = x57 * a57
+        x58 = x58 * a58
+        x59 = x59 * a59
+        x60 = x60 * a60
+        x61 = x61 * a61
+        x62 = x62 * a62
+        x63 = x63 * a63
+        x64 = x64 * a64
+        x65 = x65 * a65
+        x66 = x66 * a66
+        x67 = x67 * a67
+        x68 = x68 * a68
+        x69 = x69 * a69
+        x70 = x70 * a70
+        x71 = x71 * a71
+        x72 = x72 * a72
+        x73 = x73 * a73
+        x74 = x74 * a74
+        x75 = x75 * a75
+        x76 = x76 * a76
+        x77 = x77 * a77
+        x78 = x78 * a78
+        x79 = x79 * a79
+        x80 = x80 * a80
+        x81 = x81 * a81
+        x82 = x82 * a82
+        x83 = x83 * a83
+        x84 = x84 * a84
+        x85 = x85 * a85
+        x86 = x86 * a86
+        x87 = x87 * a87
+        x88 = x88 * a88
+        x89 = x89 * a89
+        x90 = x90 * a90
+        x91 = x91 * a91
+        x92 = x92 * a92
+        x93 = x93 * a93
+        x94 = x94 * a94
+        x95 = x95 * a95
+        x96 = x96 * a96
+        x97 = x97 * a97
+        x98 = x98 * a98
+        x99 = x99 * a99
+        x100 = x100 * a100
+        x101 = x101 * a101
+        x102 = x102 * a102
+        x103 = x103 * a103
+        x104 = x104 * a104
+        x105 = x105 * a105
+        x106 = x106 * a106
+        x107 = x107 * a107
+        x108 = x108 * a108
+        x109 = x109 * a109
+        x110 = x110 * a110
+        x111 = x111 * a111
+        x112 = x112 * a112
+        x113 = x113 * a113
+        x114 = x114 * a114
+        x115 = x115 * a115
+        x116 = x116 * a116
+        x117 = x117 * a117
+        x118 = x118 * a118
+        x119 = x119 * a119
+        x120 = x120 * a120
+        x121 = x121 * a121
+        x122 = x122 * a122
+        x123 = x123 * a123
+        x124 = x124 * a124
+        x125 = x125 * a125
+        x126 = x126 * a126
+        x127 = x127 * a127
+    return (
+        x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15, x16, x17, x18, x19, x20, x21, x22, x23,
+        x24, x25, x26, x27, x28, x29, x30, x31, x32, x33, x34, x35, x36, x37, x38, x39, x40, x41, x42, x43, x44, x45,
+        x46, x47, x48, x49, x50, x51, x52, x53, x54, x55, x56, x57, x58, x59, x60, x61, x62, x63, x64, x65, x66, x67,
+        x68, x69, x70, x71, x72, x73, x74, x75, x76, x77, x78, x79, x80, x81, x82, x83, x84, x85, x86, x87, x88, x89,
+        x90, x91, x92, x93, x94, x95, x96, x97, x98, x99, x100, x101, x102, x103, x104, x105, x106, x107, x108, x109,
+        x110, x111, x112, x113, x114, x115, x116, x117, x118, x119, x120, x121, x122, x123, x124, x125, x126, x127,
+    )  # fmt: skip
+
+
+@gluon.jit
 def softmax16(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9,
     b10, b11, b12, b13, b14, b15, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15,
@@ -174,7 +328,7 @@ def softmax16(
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, None, None)
+    p, t, b = soften(s, b0, b2, k0, None)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], t[0],
         t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], b[0], b[0], b[1],
@@ -194,7 +348,7 @@ def softmax32(
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
         s24, s25, s26, s27, s28, s29, s30, s31,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, None, None)
+    p, t, b = soften(s, b0, b2, k0, None)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -222,7 +376,7 @@ def softmax64(
         s24, s25, s26, s27, s28, s29, s30, s31, s32, s33, s34, s35, s36, s37, s38, s39, s40, s41, s42, s43, s44, s45,
         s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, None, None)
+    p, t, b = soften(s, b0, b2, k0, None)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -315,14 +469,13 @@ def softmax_in_place64(
 @gluon.jit
 def softmax_tilted16(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9,
-    b10, b11, b12, b13, b14, b15, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, t0, t1, t2,
-    t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12,
-    o13, o14, o15,
+    b10, b11, b12, b13, b14, b15, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, o0, o1, o2,
+    o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14, o15,
 ):  # fmt: skip
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, t0, (o0, o1))
+    p, t, b = soften(s, b0, b2, k0, o0)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], t[0],
         t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], b[0], b[0], b[1],
@@ -336,15 +489,14 @@ def softmax_tilted32(
     s24, s25, s26, s27, s28, s29, s30, s31, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15,
     b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28, b29, b30, b31, k0, k1, k2, k3, k4, k5, k6, k7,
     k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30,
-    k31, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, t16, t17, t18, t19, t20, t21, t22,
-    t23, t24, t25, t26, t27, t28, t29, t30, t31, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14,
-    o15, o16, o17, o18, o19, o20, o21, o22, o23, o24, o25, o26, o27, o28, o29, o30, o31,
+    k31, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14, o15, o16, o17, o18, o19, o20, o21, o22,
+    o23, o24, o25, o26, o27, o28, o29, o30, o31,
 ):  # fmt: skip
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
         s24, s25, s26, s27, s28, s29, s30, s31,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, t0, (o0, o1))
+    p, t, b = soften(s, b0, b2, k0, o0)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -365,20 +517,17 @@ def softmax_tilted64(
     b51, b52, b53, b54, b55, b56, b57, b58, b59, b60, b61, b62, b63, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10,
     k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30, k31, k32,
     k33, k34, k35, k36, k37, k38, k39, k40, k41, k42, k43, k44, k45, k46, k47, k48, k49, k50, k51, k52, k53, k54,
-    k55, k56, k57, k58, k59, k60, k61, k62, k63, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14,
-    t15, t16, t17, t18, t19, t20, t21, t22, t23, t24, t25, t26, t27, t28, t29, t30, t31, t32, t33, t34, t35, t36,
-    t37, t38, t39, t40, t41, t42, t43, t44, t45, t46, t47, t48, t49, t50, t51, t52, t53, t54, t55, t56, t57, t58,
-    t59, t60, t61, t62, t63, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14, o15, o16, o17, o18,
-    o19, o20, o21, o22, o23, o24, o25, o26, o27, o28, o29, o30, o31, o32, o33, o34, o35, o36, o37, o38, o39, o40,
-    o41, o42, o43, o44, o45, o46, o47, o48, o49, o50, o51, o52, o53, o54, o55, o56, o57, o58, o59, o60, o61, o62,
-    o63,
+    k55, k56, k57, k58, k59, k60, k61, k62, k63, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14,
+    o15, o16, o17, o18, o19, o20, o21, o22, o23, o24, o25, o26, o27, o28, o29, o30, o31, o32, o33, o34, o35, o36,
+    o37, o38, o39, o40, o41, o42, o43, o44, o45, o46, o47, o48, o49, o50, o51, o52, o53, o54, o55, o56, o57, o58,
+    o59, o60, o61, o62, o63,
 ):  # fmt: skip
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
         s24, s25, s26, s27, s28, s29, s30, s31, s32, s33, s34, s35, s36, s37, s38, s39, s40, s41, s42, s43, s44, s45,
         s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, t0, (o0, o1))
+    p, t, b = soften(s, b0, b2, k0, o0)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -404,6 +553,8 @@ def rescale(x, a):
         return gl.map_elementwise(rescale32, x, a, pack=32)
     if x.shape[1] == 128:
         return gl.map_elementwise(rescale64, x, a, pack=64)
+    if x.shape[1] == 256:
+        return gl.map_elementwise(rescale128, x, a, pack=128)
 
 
 @gluon.jit
@@ -429,11 +580,11 @@ def softmax_in_place(s, b, k):
 
 
 @gluon.jit
-def softmax_tilted(s, b, k, t, o):
-    """softmax of scores that fall by t with the distance of their keys, from o on."""
+def softmax_tilted(s, b, k, o):
+    """softmax of scores less o."""
     if s.shape[1] == 32:
-        return gl.map_elementwise(softmax_tilted16, s, b, k, t, o, pack=16)
+        return gl.map_elementwise(softmax_tilted16, s, b, k, o, pack=16)
     if s.shape[1] == 64:
-        return gl.map_elementwise(softmax_tilted32, s, b, k, t, o, pack=32)
+        return gl.map_elementwise(softmax_tilted32, s, b, k, o, pack=32)
     if s.shape[1] == 128:
-        return gl.map_elementwise(softmax_tilted64, s, b, k, t, o, pack=64)
+        return gl.map_elementwise(softmax_tilted64, s, b, k, o, pack=64)

@@ -23,10 +23,10 @@ FIELDS = gl.constexpr(15)
 
 class Shape(NamedTuple):
     """Compile-time numbers: consumer warpgroups of 64 rows, keys of a tile, buffers of keys and of values, buffers of
-    queries; the columns of a tile and how many tiles side by side make D and Dv; whether the bands bound keys on the
-    left; whether the last step is ALiBi and no key after a row's own position is seen; alignment; whether warpgroups
-    take turns, whether P waits in fp32 until the next product is issued, and whether tiles without a mask have a loop
-    of their own."""
+    queries; the columns of a tile and how many tiles side by side make D and Dv; the columns that a warpgroup stores at
+    once; whether the bands bound keys on the left; whether ALiBi is the only step and no key after a row's own position
+    is seen; alignment; whether warpgroups take turns, whether P waits in fp32 until the next product is issued,
+    whether tiles without a mask have a loop of their own, and whether queries are held in registers."""
 
     GROUPS: int
     BLOCK_N: int
@@ -36,12 +36,14 @@ class Shape(NamedTuple):
     CHUNKS_D: int
     WIDTH_V: int
     CHUNKS_V: int
+    WIDTH_OUT: int
     LEFT: bool
     TILTED: bool
     BOTTOM_RIGHT: bool
     TURNS: bool
     LATE: bool
     APART: bool
+    HELD: bool
 
 
 class Inputs(NamedTuple):
@@ -64,8 +66,8 @@ class Plain(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory: rings of tasks, queries, keys and values, where output tiles leave from, and the barriers at
-    which the producer asks for the next task."""
+    """Shared memory: rings of tasks, queries, keys and values, where output tiles leave from, the barriers at which the
+    producer asks for the next task, and what ALiBi adds to K^T."""
 
     tasks: Any
     q: Any
@@ -73,6 +75,7 @@ class Buffers(NamedTuple):
     v: Any
     out: Any
     ask: Any
+    tilt: Any
 
 
 class Rule(NamedTuple):
@@ -341,6 +344,20 @@ def zeros(WIDTH: gl.constexpr, CHUNKS: gl.constexpr):
     for _ in gl.static_range(CHUNKS):
         acc = acc + (gl.zeros([64, WIDTH], gl.float32, ACC),)
     return acc
+
+
+@gluon.jit
+def parts(x, WIDTH: gl.constexpr):
+    """A tile [64, columns] of an accumulator as tiles of WIDTH columns; this moves no data between threads."""
+    if x.shape[1] == WIDTH:
+        return (x,)
+    else:
+        HALF: gl.constexpr = x.shape[1] // 2
+        ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+        left, right = gl.split(gl.permute(gl.reshape(x, [64, 2, HALF]), (0, 2, 1)))
+        left = gl.convert_layout(left, ACC, assert_trivial=True)
+        right = gl.convert_layout(right, ACC, assert_trivial=True)
+        return parts(left, WIDTH) + parts(right, WIDTH)
 
 
 @gluon.jit
