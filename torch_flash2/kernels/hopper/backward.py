@@ -90,9 +90,12 @@ def config(problem: Problem) -> BackwardConfig:
     fused = Config(**row["fused"])
     # A mask leaves about half of the keys that a row could see, and of the rows that see a key.
     share = 2 if problem.mask.bands else 1
+    if problem.lengths:
+        # Between these products rows past a document's end are cleared, and ptxas has them wait for one another.
+        fused = fused._replace(AHEAD=False)
     if problem.steps:
-        # They take the registers of operands kept there.
-        fused = fused._replace(KEPT=False)
+        # They take the registers of operands kept there, and of the next tile's products.
+        fused = fused._replace(KEPT=False, AHEAD=False)
     elif not _stops_early(problem):
         # Where tasks are short, what comes before and after one takes its share: it goes on beside another task.
         rows = problem.seqlen_q * problem.group
