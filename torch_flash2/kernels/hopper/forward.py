@@ -80,16 +80,19 @@ def _tiles_each(problem: Problem, groups: int) -> float:
 def candidates(problem: Problem) -> Iterator[Config]:
     """Configurations worth measuring: those whose buffers fit and whose accumulators leave room for the scores."""
     base = config(problem)
-    for groups, block_n, stages, q_stages, turns, late, apart in itertools.product(
-        (2, 3), (64, 128), (2, 3, 4), (1, 2), (False, True), (False, True), (False, True)
+    columns = triton.cdiv(problem.head_dim, base.WIDTH_D) * base.WIDTH_D
+    columns_v = triton.cdiv(problem.head_dim_v, base.WIDTH_V) * base.WIDTH_V
+    either = (False, True)
+    for groups, block_n, stages, q_stages, turns, late, apart, held in itertools.product(
+        (2, 3), (64, 128), (2, 3, 4), (1, 2), either, either, either, either
     ):
         found = base._replace(
-            GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late, APART=apart
+            GROUPS=groups, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, TURNS=turns, LATE=late, APART=apart,
+            HELD=held,
         )  # fmt: skip
-        columns = triton.cdiv(problem.head_dim_v, base.WIDTH_V) * base.WIDTH_V
         # Registers of a thread, of half a row each: fp32 scores and accumulators; weights, fp32 beside the scores or,
-        # in three warpgroups, the last tile's in 16 bits.
-        registers = block_n // 2 + columns // 2 + block_n // (4 if groups == 3 else 2)
+        # in three warpgroups, the last tile's in 16 bits; queries in 16 bits.
+        registers = block_n // 2 + columns_v // 2 + block_n // (4 if groups == 3 else 2) + held * columns // 4
         fits = shared_bytes(problem, found) <= problem.hardware.shared_memory
         # Three warpgroups have 160 registers a thread, two 240.
         if fits and registers <= (128 if groups == 3 else 208):

@@ -294,8 +294,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     mbarrier.arrive(buffers.k.free.index(0), pred=some)
     n0 = task.top
     place = task.row + shift(task, SHAPE)
-    full_start = task.full_start
-    full_stop = task.full_stop
+    full_start, full_stop = task.full_start, task.full_stop
     s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
     if (n0 < full_start) | (n0 >= full_stop):
         s = masked(s, n0, 0, rule, buffers, WG, SHAPE, STEPS)
@@ -325,8 +324,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             left = following.count
             n0 = following.top + BLOCK_N
             place = following.row + shift(following, SHAPE)
-            full_start = following.full_start
-            full_stop = following.full_stop
+            full_start, full_stop = following.full_start, following.full_stop
             slot, phase_q = ring_at(begun, Q_STAGES)
             mbarrier.wait(buffers.q.filled.index(slot * GROUPS + WG), phase_q, pred=going > 0)
             held = _hold(buffers, slot, WG, SHAPE)
