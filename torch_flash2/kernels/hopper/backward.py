@@ -270,7 +270,10 @@ def _order(problem: Problem, call: Call, keys: int) -> tuple[int, int]:
         return 1, 0
     row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
     heads = max(1, calls.L2_BYTES // max(row_bytes, 1))
-    return min(heads, problem.heads_kv * (1 if problem.packed_k else problem.batch)), 0
+    if problem.packed_k:
+        return min(heads, problem.heads_kv), 0
+    all_heads = max(problem.heads_kv * problem.batch, 1)
+    return min(heads, all_heads), calls.kept(problem, triton.cdiv(call.key.shape[2], keys), all_heads)
 
 
 def _tiles(problem: Problem, call: Call, rows: int) -> int:
