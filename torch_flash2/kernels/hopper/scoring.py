@@ -14,7 +14,7 @@ from .pipeline import matrix, read_task, steps_of
 
 # The base of a row that has seen no key: below all scores, so that the first one makes it move.
 LOWEST = gl.constexpr(-(2.0**126))
-# Between the terms that a slope is split into. Its product with a column's distance is within fp16's range.
+# Between the terms that a slope is split into. Its product with a column's number is within fp16's range.
 TILT = gl.constexpr(256.0)
 
 
@@ -92,12 +92,12 @@ def _slope(steps, rule):
 
 @gluon.jit
 def _fall(n0, place, steps, rule, SHAPE: gl.constexpr):
-    """What ALiBi takes (log2 units) from all scores of the tile of keys at n0; the columns' parts are in the products.
+    """What ALiBi takes (log2 units) from all scores of the tile of keys at n0, which have its columns' part already.
 
-    Distances are those from the last row of the task to the middle of the tile, for all rows: what that takes from all
-    scores of a row is `lead`. Keys after that row are masked.
+    Distances are those from the last row of the task, for all rows: what that takes from all scores of a row is `lead`.
+    Keys after that row are masked.
     """
-    return (place + (64 * SHAPE.GROUPS - 1) - n0 - SHAPE.BLOCK_N // 2).to(gl.float32) * _slope(steps, rule)
+    return (place + (64 * SHAPE.GROUPS - 1) - n0).to(gl.float32) * _slope(steps, rule)
 
 
 @gluon.jit
@@ -128,10 +128,10 @@ def prepare(h, task, rule, DTYPE: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.c
 
 @gluon.jit
 def tilt(DTYPE: gl.constexpr, SHAPE: gl.constexpr):
-    """What ALiBi adds to K^T in shared memory [BLOCK_N, 16]: the columns' distances from the middle, over TILT for the
-    lowest of the three terms of `prepare` and TILT times for the highest."""
+    """What ALiBi adds to K^T in shared memory [BLOCK_N, 16]: the columns' numbers, over TILT for the lowest of the three
+    terms of `prepare` and TILT times for the highest."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    key = (gl.arange(0, SHAPE.BLOCK_N, layout=gl.SliceLayout(1, L)) - SHAPE.BLOCK_N // 2).to(gl.float32)[:, None]
+    key = gl.arange(0, SHAPE.BLOCK_N, layout=gl.SliceLayout(1, L)).to(gl.float32)[:, None]
     column = gl.arange(0, 16, layout=gl.SliceLayout(0, L))[None, :]
     times = gl.where(column == 0, TILT, gl.where(column == 1, 1.0, gl.where(column == 2, 1 / TILT, 0.0)))
     made = gl.allocate_shared_memory(DTYPE, [SHAPE.BLOCK_N, 16], matrix(16, 2))
