@@ -250,7 +250,6 @@ CASES = [
     Case("scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2),
     Case("alibi", 4, 8, 2, 500, 700, 128, 128, "bf16", "causal @ bottom-right", sinks=True, alibi=1),
     Case("alibi-softcap", 4, 8, 2, 500, 700, 128, 128, "bf16", "causal", softcap=20.0, alibi=1),
-    Case("alibi-d256", 2, 8, 2, 500, 500, 256, 256, "fp16", "window(150, 0)", alibi=2),
     Case("softcap", 4, 8, 2, 500, 700, 128, 128, "fp16", "causal @ bottom-right", softcap=10.0),
     Case("softcap-full", 8, 8, 4, 300, 500, 128, 128, "bf16", softcap=30.0, sinks=True),
     Case("alibi-window", 4, 4, 4, 700, 700, 64, 64, "fp16", "window(200, 100)", alibi=2),
@@ -275,25 +274,6 @@ def test_against_math(case: Case) -> None:
     plan = torch_flash2.explain(*inputs.arguments, **inputs.keywords)
     assert "runs on hopper" in str(plan)
     testing.check(case, device="cuda")
-
-
-@pytest.mark.gpu
-@hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_slopes_of_every_size(dtype: torch.dtype) -> None:
-    """ALiBi is in the product, whose operands have 16 bits: the scores have its slopes in full."""
-    torch.manual_seed(0)
-    slopes = torch.tensor([0.0, 1e-7, 2.0**-8, 1 / 3, 0.999, -1 / 300, 7.7, 3e3], device="cuda")
-    q, k, v = (torch.randn(1, 8, 900, 128, device="cuda", dtype=dtype) for _ in range(3))
-    found = {}
-    for kernel in ("hopper", "reference"):
-        with torch_flash2.force(kernel):
-            found[kernel] = torch_flash2.attention(q, k, v, "causal", alibi_slopes=slopes, return_lse=True)
-    (out, lse), (expected, expected_lse) = found["hopper"], found["reference"]
-    assert (out - expected).abs().max() <= 2 * torch.finfo(dtype).eps * v.abs().max()
-    # A few sums of up to 2 ** 8 slopes, in fp32.
-    bound = 1e-5 + 2.0**-14 * slopes.abs()
-    assert ((lse - expected_lse).abs().amax((0, 2)) <= bound).all()
 
 
 # Three warpgroups take a tile's maxima before its weights; the table has them for many long rows alone.

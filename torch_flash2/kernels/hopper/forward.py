@@ -108,13 +108,7 @@ def _loaded_bytes(problem: Problem, config: Config) -> int:
     D = triton.cdiv(problem.head_dim, config.WIDTH_D) * config.WIDTH_D
     Dv = triton.cdiv(problem.head_dim_v, config.WIDTH_V) * config.WIDTH_V
     queries = config.GROUPS * 64 * config.Q_STAGES * D
-    keys = config.BLOCK_N * (config.STAGES * (D + Dv) + (16 if _tilted(problem) else 0))
-    return 2 * (queries + keys) + 1024
-
-
-def _tilted(problem: Problem) -> bool:
-    """Whether ALiBi can be part of the product: it is the only step, and linear in the key for all that rows see."""
-    return problem.steps == ("alibi",) and any(isinstance(band, masks.Causal) for band in problem.mask.bands)
+    return 2 * (queries + config.STAGES * config.BLOCK_N * (D + Dv)) + 1024
 
 
 def _stored_bytes(config: Config, width: int) -> int:
@@ -142,7 +136,7 @@ def shape(problem: Problem, config: Config) -> Shape:
         triton.cdiv(problem.head_dim_v, config.WIDTH_V),
         _width_out(problem, config),
         problem.mask.bounds_left,
-        _tilted(problem),
+        "alibi" in problem.steps and any(isinstance(band, masks.Causal) for band in problem.mask.bands),
         problem.mask.align == "bottom-right",
         config.TURNS,
         config.LATE,

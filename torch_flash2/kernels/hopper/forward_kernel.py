@@ -52,7 +52,7 @@ from .pipeline import (
     tasks_of,
     zeros,
 )
-from .scoring import lead, masked, prepare, row_maxima, scores_of, shift, softmax, spread, tilt
+from .scoring import lead, masked, row_maxima, scores_of, shift, softmax, spread
 
 FLAGS = gl.constexpr(COUNTERS)
 
@@ -89,7 +89,7 @@ def _hold(buffers, q_slot, WG: gl.constexpr, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _query_key(buffers, q_slot, stage, held, steps, WG: gl.constexpr, SHAPE: gl.constexpr):
+def _query_key(buffers, q_slot, stage, held, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Issue S = Q K^T [64, BLOCK_N]; `held` is what `_hold` gave."""
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
@@ -105,8 +105,6 @@ def _query_key(buffers, q_slot, stage, held, steps, WG: gl.constexpr, SHAPE: gl.
         else:
             q = _queries(buffers, q_slot, c, WG, SHAPE)
             s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
-    if SHAPE.TILTED:
-        s = warpgroup_mma(steps[1], buffers.tilt.permute((1, 0)), s, is_async=True)
     return s
 
 
@@ -241,7 +239,7 @@ def _plain_turns(
         stage_v, phase_v = ring_at(used - 1, STAGES)
         if SHAPE.TURNS:
             take_turn(WG)
-        s = _query_key(buffers, slot, stage, held, steps, WG, SHAPE)
+        s = _query_key(buffers, slot, stage, held, WG, SHAPE)
         p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
         acc = _scale_all(acc, decay, SHAPE)
         mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
@@ -256,7 +254,7 @@ def _plain_turns(
         used += 1
         n0 -= SHAPE.BLOCK_N
         s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE)
+        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
         # As in `_consume`: this wait ends the basic block.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -285,12 +283,12 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if WG == GROUPS - 1:
             pass_turn(0)
     task = get_task(buffers.tasks, 0, 4)
-    steps = prepare(task.h, task, rule, DTYPE, SHAPE, STEPS)
+    steps = steps_of(task.h, task, rule, STEPS)
     some = task.count > 0
     mbarrier.wait(buffers.q.filled.index(WG), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
     held = _hold(buffers, 0, WG, SHAPE)
-    s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, held, steps, WG, SHAPE),))
+    s = warpgroup_mma_wait(0, (_query_key(buffers, 0, 0, held, WG, SHAPE),))
     mbarrier.arrive(buffers.k.free.index(0), pred=some)
     n0 = task.top
     place = task.row + shift(task, SHAPE)
@@ -298,10 +296,10 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
     if (n0 < full_start) | (n0 >= full_stop):
         s = masked(s, n0, 0, rule, buffers, WG, SHAPE, STEPS)
-    base = row_maxima(s, n0, place, steps, rule, SHAPE)
+    base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
     L: gl.constexpr = base.type.layout
     sums = gl.full([64, 4], 0.0, gl.float32, L)
-    p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE)
+    p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
     p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
     acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     weight = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, ACC))
@@ -319,7 +317,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         begins = left == 0
         if begins:
             following = get_task(buffers.tasks, begun, 4)
-            steps = prepare(following.h, following, rule, DTYPE, SHAPE, STEPS)
+            steps = steps_of(following.h, following, rule, STEPS)
             going = following.count
             left = following.count
             n0 = following.top + BLOCK_N
@@ -335,7 +333,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         slot, _ = ring_at(current, Q_STAGES)
         if SHAPE.TURNS:
             take_turn(WG)
-        s = _query_key(buffers, slot, stage, held, steps, WG, SHAPE)
+        s = _query_key(buffers, slot, stage, held, WG, SHAPE)
         p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
         if fresh & (begun >= 2):
             _finish(acc, weight, begun - 2, rule, inputs, buffers, WG, SHAPE)
@@ -357,12 +355,12 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             if masks:
                 s = masked(s, n0, current, rule, buffers, WG, SHAPE, STEPS)
             if begins:
-                base = row_maxima(s, n0, place, steps, rule, SHAPE)
+                base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
         mbarrier.arrive(buffers.k.free.index(stage), pred=going > 0)
         if left == 0:
             mbarrier.arrive(buffers.q.free.index(slot * GROUPS + WG))
         used += 1
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE)
+        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
         # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -410,12 +408,9 @@ def attention_forward(
     k_filled, k_free = ring_barriers(SHAPE.STAGES, GROUPS)
     v_filled, v_free = ring_barriers(SHAPE.STAGES, GROUPS)
     ask = barriers(TASKS, 1)
-    tilted = None
-    if SHAPE.TILTED:
-        tilted = tilt(DTYPE, SHAPE)
     buffers = Buffers(
         task_ring(GROUPS + 1), Ring(q_data, q_filled, q_free), Ring(k_data, k_filled, k_free),
-        Ring(v_data, v_filled, v_free), out_data, ask, tilted,
+        Ring(v_data, v_filled, v_free), out_data, ask,
     )  # fmt: skip
     fence_async_shared()
     inputs = Inputs(q, k, v, out, plain)

@@ -24,7 +24,7 @@ FIELDS = gl.constexpr(15)
 class Shape(NamedTuple):
     """Compile-time numbers: consumer warpgroups of 64 rows, keys of a tile, buffers of keys and of values, buffers of
     queries; the columns of a tile and how many tiles side by side make D and Dv; the columns that a warpgroup stores at
-    once; whether the bands bound keys on the left; whether ALiBi is the only step and no key after a row's own position
+    once; whether the bands bound keys on the left; whether the last step is ALiBi and no key after a row's own position
     is seen; alignment; whether warpgroups take turns, whether P waits in fp32 until the next product is issued,
     whether tiles without a mask have a loop of their own, and whether queries are held in registers."""
 
@@ -66,8 +66,8 @@ class Plain(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory: rings of tasks, queries, keys and values, where output tiles leave from, the barriers at which the
-    producer asks for the next task, and what ALiBi adds to K^T."""
+    """Shared memory: rings of tasks, queries, keys and values, where output tiles leave from, and the barriers at
+    which the producer asks for the next task."""
 
     tasks: Any
     q: Any
@@ -75,7 +75,6 @@ class Buffers(NamedTuple):
     v: Any
     out: Any
     ask: Any
-    tilt: Any
 
 
 class Rule(NamedTuple):

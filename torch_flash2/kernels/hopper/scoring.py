@@ -10,12 +10,10 @@ from triton.experimental.gluon import language as gl
 
 from ..device import bands
 from . import lanes
-from .pipeline import matrix, read_task, steps_of
+from .pipeline import read_task, steps_of
 
 # The base of a row that has seen no key: below all scores, so that the first one makes it move.
 LOWEST = gl.constexpr(-(2.0**126))
-# Between the terms that a slope is split into. Its product with a column's number is within fp16's range.
-TILT = gl.constexpr(256.0)
 
 
 @gluon.jit
@@ -56,7 +54,7 @@ def shift(task, SHAPE: gl.constexpr):
 @gluon.jit
 def scores_of(s, n0, place, steps, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """Scores [64, BLOCK_N] of the tile of keys at n0 from its products, the steps applied; `place` is where the task's
-    row 0 stands. ALiBi alone under a causal mask is in the products and in `softmax`."""
+    row 0 stands. ALiBi under a causal mask is left to `softmax`."""
     M: gl.constexpr = s.shape[0]
     N: gl.constexpr = s.shape[1]
     COUNT: gl.constexpr = len(STEPS.VALUE) - SHAPE.TILTED
@@ -76,67 +74,34 @@ def scores_of(s, n0, place, steps, rule, WG: gl.constexpr, SHAPE: gl.constexpr, 
 
 
 @gluon.jit
-def _factor(rule, SHAPE: gl.constexpr):
+def _factor(rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """From what `scores_of` returns to log2 units."""
-    if SHAPE.TILTED:
+    if SHAPE.TILTED and len(STEPS.VALUE) == 1:
         return rule.scoring.first * rule.scoring.scale2
     else:
         return rule.scoring.scale2
 
 
 @gluon.jit
-def _slope(steps, rule):
+def _slope(steps, rule, STEPS: gl.constexpr):
     """What ALiBi takes from scores for each key that they are away, in log2 units."""
-    return steps[0] * rule.scoring.scale2
+    return steps[len(STEPS.VALUE) - 1] * rule.scoring.scale2
 
 
 @gluon.jit
-def _fall(n0, place, steps, rule, SHAPE: gl.constexpr):
-    """What ALiBi takes (log2 units) from all scores of the tile of keys at n0, which have its columns' part already.
+def _offsets(s, n0, place, slope, SHAPE: gl.constexpr):
+    """What ALiBi takes from scores of the first 8 columns, repeated over a tile like s: two values a thread.
 
-    Distances are those from the last row of the task, for all rows: what that takes from all scores of a row is `lead`.
-    Keys after that row are masked.
+    Distances are those from the last row of the task, for all rows: what that takes from all scores of a row is
+    `lead`. Keys after that row are masked.
     """
-    return (place + (64 * SHAPE.GROUPS - 1) - n0).to(gl.float32) * _slope(steps, rule)
-
-
-@gluon.jit
-def prepare(h, task, rule, DTYPE: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """What the score steps need of query head h of a task; where tilted, ALiBi's part of the left operand too.
-
-    That is [64, 16], for the right operand of `tilt`: ALiBi's slope over the scale in three terms, as many as fp32's 24
-    bits need in bf16. In fp16 it ends at 1.6e7, where the scale would have to be below 1e-5 for the next key to count.
-    """
-    steps = steps_of(h, task, rule, STEPS)
-    if SHAPE.TILTED:
-        ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.BLOCK_N, 16])
-        L: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-        slope = gl.full([64, 16], 0.0, gl.float32, L) + steps[0] / rule.scoring.first
-        if DTYPE == gl.float16:
-            slope = gl.where(gl.abs(slope) > 2.0**23, gl.where(slope > 0, 2.0**23, -(2.0**23)), slope)
-        high = (slope * (1 / TILT)).to(DTYPE)
-        rest = slope - high.to(gl.float32) * TILT
-        middle = rest.to(DTYPE)
-        low = ((rest - middle.to(gl.float32)) * TILT).to(DTYPE)
-        column = gl.arange(0, 16, layout=gl.SliceLayout(0, L))[None, :]
-        zero = gl.zeros([64, 16], DTYPE, L)
-        terms = gl.where(column == 0, high, gl.where(column == 1, middle, gl.where(column == 2, low, zero)))
-        return steps + (terms,)
-    else:
-        return steps
-
-
-@gluon.jit
-def tilt(DTYPE: gl.constexpr, SHAPE: gl.constexpr):
-    """What ALiBi adds to K^T in shared memory [BLOCK_N, 16]: the columns' numbers, over TILT for the lowest of the three
-    terms of `prepare` and TILT times for the highest."""
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
-    key = gl.arange(0, SHAPE.BLOCK_N, layout=gl.SliceLayout(1, L)).to(gl.float32)[:, None]
-    column = gl.arange(0, 16, layout=gl.SliceLayout(0, L))[None, :]
-    times = gl.where(column == 0, TILT, gl.where(column == 1, 1.0, gl.where(column == 2, 1 / TILT, 0.0)))
-    made = gl.allocate_shared_memory(DTYPE, [SHAPE.BLOCK_N, 16], matrix(16, 2))
-    made.store((key * times).to(DTYPE))
-    return made
+    M: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
+    split = gl.reshape(s, [M, N // 8, 8])
+    L: gl.constexpr = split.type.layout
+    _, ones = _columns(N, L)
+    offsets, _ = gl.broadcast((place + (64 * SHAPE.GROUPS - 1) - n0 - ones).to(gl.float32) * slope, split)
+    return gl.convert_layout(gl.reshape(offsets, [M, N]), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -144,7 +109,7 @@ def lead(task, at, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """By how much (log2 units) the scores of rows `at` are larger than `scores_of` has them."""
     if SHAPE.TILTED:
         distance = (task.row + (64 * SHAPE.GROUPS - 1) - at).to(gl.float32)
-        return distance * _slope(steps_of(task.h, task, rule, STEPS), rule)
+        return distance * _slope(steps_of(task.h, task, rule, STEPS), rule, STEPS)
     else:
         return gl.full(at.shape, 0.0, gl.float32, at.type.layout)
 
@@ -176,28 +141,40 @@ def masked(s, n0, done, rule, buffers, WG: gl.constexpr, SHAPE: gl.constexpr, ST
 
 
 @gluon.jit
-def row_maxima(s, n0, place, steps, rule, SHAPE: gl.constexpr):
+def row_maxima(s, n0, place, steps, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The rows' maxima [64, 4] in log2 units."""
-    most = _most(s)
-    row_max = gl.max(most, 1) * _factor(rule, SHAPE)
+    M: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
+    factor = _factor(rule, SHAPE, STEPS)
     if SHAPE.TILTED:
-        row_max = row_max - _fall(n0, place, steps, rule, SHAPE)
+        slope = _slope(steps, rule, STEPS)
+        tilted = gl.reshape(s * factor - _offsets(s, n0, place, slope, SHAPE), [M, N // 8, 8])
+        L: gl.constexpr = tilted.type.layout
+        eights, _ = _columns(N, L)
+        tilted = gl.reshape(tilted + eights.to(gl.float32) * slope, [M, N])
+        most = _most(gl.convert_layout(tilted, s.type.layout, assert_trivial=True))
+        row_max = gl.max(most, 1)
+    else:
+        most = _most(s)
+        row_max = gl.max(most, 1) * factor
     row_max, _ = gl.broadcast(gl.expand_dims(gl.maximum(row_max, LOWEST), 1), most)
     return row_max
 
 
 @gluon.jit
-def softmax(s, n0, place, steps, base, sums, rule, SHAPE: gl.constexpr):
+def softmax(s, n0, place, steps, base, sums, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """P of a tile of scores; the rows' bases (log2 units), their sums, and the factors of what came before, each
     [64, 4].
 
     A row's base stays while its weights are small enough: most tiles need no maximum.
     """
     zero = gl.full([64, s.shape[1]], 0.0, gl.float32, s.type.layout)
-    factor = zero + _factor(rule, SHAPE)
+    factor = zero + _factor(rule, SHAPE, STEPS)
     bases = spread(base, s)
     if SHAPE.TILTED:
-        p, tile_sums, bases = lanes.softmax_tilted(s, bases, factor, zero + _fall(n0, place, steps, rule, SHAPE))
+        slope = _slope(steps, rule, STEPS)
+        offsets = _offsets(s, n0, place, slope, SHAPE)
+        p, tile_sums, bases = lanes.softmax_tilted(s, bases, factor, zero + slope, offsets)
     elif SHAPE.GROUPS == 3:
         p, tile_sums, bases = lanes.softmax_in_place(s, bases, factor)
     else:

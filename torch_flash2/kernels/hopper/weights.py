@@ -8,18 +8,28 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def soften(s, first, second, scale2, fall):
-    """Weights exp2(s * scale2 - fall - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and
-    `second`, or the rows' maxima where a warp has a sum that is large. `fall` is None for 0."""
-    p, sums = _weigh(s, first, second, scale2, fall)
+def soften(s, first, second, scale2, slope, offsets):
+    """Weights exp2(s * scale2 - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and `second`,
+    or the rows' maxima where a warp has a sum that is large.
+
+    Where there is a slope, scores have less offsets[i & 1] and slope more for each column past the first eight: a
+    thread's columns are two of every eight.
+    """
+    COUNT: gl.constexpr = len(s)
+    p, sums = _weigh(s, first, second, scale2, slope, offsets)
     if _exceeds(gl.maximum(sums[0], sums[1]), 4096.0) != 0:
-        most = _maxima(s)
-        most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
-        if fall is not None:
-            most = (most[0] - fall, most[1] - fall)
+        if slope is None:
+            most = _maxima(s)
+            most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
+        else:
+            scaled = ()
+            for i in gl.static_range(COUNT):
+                scaled = scaled + (gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -offsets[i % 2])),)
+            most = _maxima(scaled)
+            most = (_quad_max(most[0]), _quad_max(most[1]))
         first = gl.maximum(first, most[0])
         second = gl.maximum(second, most[1])
-        p, sums = _weigh(s, first, second, scale2, fall)
+        p, sums = _weigh(s, first, second, scale2, slope, offsets)
     return p, sums, (first, second)
 
 
@@ -31,7 +41,7 @@ def soften_in_place(s, first, second, scale2):
     if _exceeds(gl.maximum(most[0] * scale2 - first, most[1] * scale2 - second), 8.0) != 0:
         first = gl.maximum(first, _quad_max(most[0]) * scale2)
         second = gl.maximum(second, _quad_max(most[1]) * scale2)
-    p, sums = _weigh(s, first, second, scale2, None)
+    p, sums = _weigh(s, first, second, scale2, None, None)
     return p, sums, (first, second)
 
 
@@ -47,15 +57,19 @@ def _maxima(s):
 
 
 @gluon.jit
-def _weigh(s, first, second, scale2, fall):
+def _weigh(s, first, second, scale2, slope, offsets):
     """Weights [N] and their sums [2]."""
     COUNT: gl.constexpr = len(s)
-    taken = (first, second)
-    if fall is not None:
-        taken = (first + fall, second + fall)
+    if slope is None:
+        taken = (first, first, second, second)
+    else:
+        taken = (first + offsets[0], first + offsets[1], second + offsets[0], second + offsets[1])
     p = ()
     for i in gl.static_range(COUNT):
-        p = p + (gl.exp2(s[i] * scale2 - taken[i // 2 % 2]),)
+        if slope is None:
+            p = p + (gl.exp2(s[i] * scale2 - taken[i % 4]),)
+        else:
+            p = p + (gl.exp2(gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -taken[i % 4]))),)
     sums = (p[0], p[1], p[2], p[3])
     for i in gl.static_range(1, COUNT // 4):
         sums = (sums[0] + p[4 * i], sums[1] + p[4 * i + 1], sums[2] + p[4 * i + 2], sums[3] + p[4 * i + 3])
