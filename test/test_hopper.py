@@ -129,8 +129,6 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
     # Depth of Q K^T in steps of 16, and of P V for each tile of columns.
     columns = -(-width[0] // config.WIDTH_D) * config.WIDTH_D
     products = columns // 16 + -(-width[1] // config.WIDTH_V) * config.BLOCK_N // 16
-    if feature == "alibi":
-        products += 1
     # A thread has 64 * BLOCK_N / 128 scores, of two rows.
     loops = usual_turns(kernel, products, config.BLOCK_N // 2 + 2)
     assert len(loops) == config.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"

@@ -82,11 +82,11 @@ def {name}{count}(
 """
 
 
-def _chosen(name: str, arguments: str, text: str) -> str:
+def _chosen(name: str, arguments: str, text: str, counts: tuple[int, ...] = COUNTS) -> str:
     """The function that chooses by a tile's width."""
     first = arguments.split(",")[0]
     lines = ["", "", "@gluon.jit", f"def {name}({arguments}):", f'    """{text}"""']
-    for count in COUNTS:
+    for count in counts:
         lines.append(f"    if {first}.shape[1] == {2 * count}:")
         lines.append(f"        return gl.map_elementwise({name}{count}, {arguments}, pack={count})")
     return "\n".join([*lines, ""])
@@ -94,10 +94,10 @@ def _chosen(name: str, arguments: str, text: str) -> str:
 
 def source() -> str:
     """The text of lanes.py."""
-    parts = [HEAD, *map(_rescale, COUNTS)]
+    parts = [HEAD, *map(_rescale, (*COUNTS, 128))]
     for (name, letters, call, _), count in itertools.product(SOFTMAXES, COUNTS):
         parts.append(_softmax(name, letters, call, count))
-    parts.append(_chosen("rescale", "x, a", "(x times a,), skipped by threads whose factors are 1."))
+    parts.append(_chosen("rescale", "x, a", "(x times a,), skipped by threads whose factors are 1.", (*COUNTS, 128)))
     for name, letters, _, text in SOFTMAXES:
         parts.append(_chosen(name, ", ".join(letters), text))
     return "".join(parts)
