@@ -442,11 +442,11 @@ def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
 
 @gluon.jit
 def backward_keys(
-    q, k, v, do, stats, dk, dv, outputs, coded_order, coded_total, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, do, stats, dk, dv, outputs, coded_order, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one key head, summed over the query heads of its group: 64 keys a warpgroup, or
-    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is that of calls.order, the total how many
+    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is that of calls.order, and how many
     tiles there are."""
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
@@ -478,7 +478,7 @@ def backward_keys(
     tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, LENGTH), stops, tasks_filled, tasks_free)
     fixed = Fixed(key_tiles, value_tiles, tasks)
     order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
-    total = tiles.decoded(coded_total)
+    total = tiles.decoded(coded_order[2])
     if SHARED:
         handed_filled, handed_free = ring_barriers(2, 1)
         handed_data = gl.allocate_shared_memory(DTYPE, [2, 64, BLOCK_M], matrix(BLOCK_M, 2))
