@@ -17,6 +17,9 @@ from torch_flash2.testing import Case
 
 pytest.importorskip("triton")
 
+from torch_flash2.kernels.hopper import backward  # noqa: E402
+from torch_flash2.kernels.triton.statistics import launch_stats  # noqa: E402
+
 
 def compiled(width: tuple[int, int], feature: str, atomics: bool, seqlen: int = 4096) -> tuple[Any, dict[str, Any]]:
     """The configuration and the Gluon kernels, by name, of a backward."""
@@ -242,3 +245,26 @@ def test_gradients_are_bit_equal(head_dim: int) -> None:
                 assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.interpreter
+def test_marked_tiles_of_dq_are_computed_again() -> None:
+    """Those, no others, by programs that have more tiles each than they look at together."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 4, 176, 32, dtype=torch.float16) for _ in range(4))
+    posed, call = compile_all.posed(Case("x", 2, 4, 4, 176, 176, 32, 32, "fp16", "causal"), "backward", "sm90")
+    one = dataclasses.replace(posed.hardware, multiprocessors=1)
+    posed, call = dataclasses.replace(posed, hardware=one), call._replace(query=q, key=k, value=v)
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    hidden = torch.ones(176, 176, dtype=torch.bool).triu(1)
+    scores = (leaves[0] @ leaves[1].mT * 32**-0.5).masked_fill(hidden, -torch.inf)
+    out = scores.softmax(-1) @ leaves[2]
+    (expected,) = torch.autograd.grad(out, leaves[0], grad.float())
+    stats = launch_stats(call, out.detach().half(), scores.detach().logsumexp(-1), grad, None)
+    flags = (torch.rand(2 * 4 * 11) < 0.2).int()
+    marked = flags.view(2, 4, 11).flip(2).bool().repeat_interleave(16, 2)
+    found = torch.full_like(q, 7.0)
+    backward._repair_queries(posed, call, grad, stats, found, flags, 16)
+    assert not flags.any()
+    assert (found[~marked] == 7.0).all()
+    torch.testing.assert_close(found[marked].float(), expected[marked], atol=2e-2, rtol=2e-2)

@@ -11,6 +11,9 @@ from ..bundles import Rows
 from ..device import tiles
 from ..triton.query_gradient import query_gradient
 
+# How many flags a program looks at together: one after the other they would take as many trips to memory.
+TOGETHER = tl.constexpr(16)
+
 
 @triton.jit
 def repair_queries(
@@ -18,14 +21,19 @@ def repair_queries(
     MODE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """dQ of the marked tiles, and their marks cleared; tiles are numbered as `tiles.locate` numbers programs."""
-    for pid in range(tl.program_id(0), tiles.decoded(coded_total), tl.num_programs(0)):
-        if tl.load(flags + pid) != 0:
-            query_gradient(
-                pid, q, k, v, grad_out, stats, grad_q, None, spans, coded_sizes, rules, scoring, operands,
-                MODE, STEPS, True,
-            )  # fmt: skip
-            tl.debug_barrier()
-            tl.store(flags + pid, 0)
+    total = tiles.decoded(coded_total)
+    stride = tl.num_programs(0)
+    for first in range(tl.program_id(0), total, stride * TOGETHER):
+        mine = first + tl.arange(0, TOGETHER) * stride
+        if tl.max(tl.load(flags + mine, mask=mine < total, other=0), 0) != 0:
+            for pid in range(first, tl.minimum(first + stride * TOGETHER, total), stride):
+                if tl.load(flags + pid) != 0:
+                    query_gradient(
+                        pid, q, k, v, grad_out, stats, grad_q, None, spans, coded_sizes, rules, scoring, operands,
+                        MODE, STEPS, True,
+                    )  # fmt: skip
+                    tl.debug_barrier()
+                    tl.store(flags + pid, 0)
 
 
 @triton.jit
