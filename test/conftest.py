@@ -29,8 +29,20 @@ settings.register_profile("dev", deadline=None, max_examples=100)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
 
+def spread(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The tests in an order in which each of so many workers, which share them out in runs of equal length, begins with
+    a slow one."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    order = [item for item in items if not item.get_closest_marker("slow")]
+    for number, item in enumerate(slow):
+        order.insert(number % workers * len(items) // workers, item)
+    return order
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine or this process cannot run."""
+    """Skip what this machine or this process cannot run; slow tests first."""
+    items[:] = spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     skips = {}
     if not torch.cuda.is_available():

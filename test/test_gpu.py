@@ -111,6 +111,7 @@ def test_crosses(case: Case) -> None:
     check(case, device="cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_large(case: Case) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 130 * 2**30:

@@ -21,7 +21,7 @@ import torch
 import torch_flash2
 from torch_flash2 import Lengths
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 # Products that take about a millisecond each, until the pipe closes.
 OTHER = """

@@ -46,6 +46,7 @@ def on() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @settings(
     max_examples=EXAMPLES // PARTS, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False,
