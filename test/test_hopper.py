@@ -195,29 +195,34 @@ def test_configs_are_candidates() -> None:
 
 @hypothesis.given(
     head_dim=st.sampled_from((64, 128, 256)), seqlen=st.integers(300, 9000), heads=st.integers(1, 40),
-    batch=st.integers(1, 40), mask=st.sampled_from(("causal", "causal & window(3000, 0)", "full")),
+    batch=st.integers(1, 40), mask=st.sampled_from(("causal", "causal & window(3000, 0)", "full")), keys=st.booleans(),
 )  # fmt: skip
-def test_multiprocessors_share_the_work_evenly(head_dim: int, seqlen: int, heads: int, batch: int, mask: str) -> None:
-    """Each tile of query rows comes once, and the order leaves none to do much when the others are done."""
-    from torch_flash2.kernels.hopper import calls, forward, pipeline
+def test_multiprocessors_share_the_work_evenly(
+    head_dim: int, seqlen: int, heads: int, batch: int, mask: str, keys: bool
+) -> None:
+    """Each tile of query rows, or of keys, comes once, and none is left with much to do when the others are done."""
+    from torch_flash2.kernels.hopper import backward, calls, forward, pipeline
 
     case = Case("x", batch, heads, heads, seqlen, seqlen, head_dim, head_dim, "bf16", mask=mask, layout="bshd")
-    posed, call = compile_all.posed(case, "forward", "sm90")
-    config = forward.config(posed)
-    rows, count = 64 * config.GROUPS, posed.hardware.multiprocessors
-    per_head, total = triton.cdiv(seqlen, rows), triton.cdiv(seqlen, rows) * heads * batch
+    posed, call = compile_all.posed(case, "backward" if keys else "forward", "sm90")
+    size, other = (128, 64) if keys else (64 * forward.config(posed).GROUPS, forward.config(posed).BLOCK_N)
+    per_head, count = triton.cdiv(seqlen, size), posed.hardware.multiprocessors
+    total = per_head * heads * batch
     hypothesis.assume(4 * count <= total <= 10000)
     # What the kernel's function does with numbers.
     arithmetic = types.SimpleNamespace(where=lambda which, one, other: one if which else other, minimum=min)
     placed = types.FunctionType(pipeline.placed.fn.__code__, {"gl": arithmetic})
-    order = calls.order(posed, call, rows)
+    order = backward._order(posed, call, size) if keys else calls.order(posed, call, size)
     places = [placed(index, per_head, heads * batch, order) for index in range(total)]
     assert len(set(places)) == total
     assert {*places} == set(itertools.product(range(heads * batch), range(per_head)))
-    # What comes before and after a task takes as long as about two tiles of keys.
-    last = [min(seqlen, (per_head - turn) * rows) for _, turn in places]
-    lo, hi = masks.parse(mask).keys(torch.tensor(last) - 1, seqlen, seqlen)
-    costs = (2 + (hi - lo + config.BLOCK_N - 1) // config.BLOCK_N).tolist()
+    turns = torch.tensor([turn for _, turn in places])
+    if keys:
+        lo, hi = masks.parse(mask).queries(turns * size, seqlen, seqlen)
+    else:
+        lo, hi = masks.parse(mask).keys(((per_head - turns) * size).clamp(max=seqlen) - 1, seqlen, seqlen)
+    # What comes before and after a task takes as long as about two tiles of keys, four of rows.
+    costs = ((4 if keys else 2) + (hi - lo + other - 1) // other).tolist()
     # Longest first is about the best that there is, but for L2.
     assert duration(costs, count) <= 1.08 * duration(sorted(costs, reverse=True), count)
 

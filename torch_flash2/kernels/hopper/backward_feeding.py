@@ -148,7 +148,7 @@ class Turn(NamedTuple):
 def next_turn(j, h, m0, first, home, tasks, rule, SHAPE: gl.constexpr):
     """What comes after turn j of a task that began with turn `first`. The task's numbers are read from shared memory
     while products run: registers are short, and numbers that are spilled come late, behind the additions to dQ's sums
-    (H200, 2026-11-21: 15 % of the time at head dim 128 with 4 heads a group)."""
+    (H200, 2026-11-21: 14 % of the time at head dim 128 with 4 heads a group)."""
     count = field(tasks, home * 16 + 12, 4)
     m0 += SHAPE.BLOCK
     if SHAPE.GROUPED:

@@ -21,7 +21,8 @@ from ...problem import Call, Problem
 from ..triton import launching
 
 # Keys and values of the heads that are worked on side by side should stay in L2, beside all else that passes through
-# it: 50 MB on the H100 and the H200. Half or double of this was up to 3 % slower (H200, 2026-11-21).
+# it: 50 MB on the H100 and the H200. Twice as much was up to 3 % slower, four times up to 6 % (forward, H200,
+# 2026-11-21).
 L2_BYTES = 16 << 20
 
 
