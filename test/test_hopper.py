@@ -194,35 +194,39 @@ def test_configs_are_candidates() -> None:
 
 
 @hypothesis.given(
-    head_dim=st.sampled_from((64, 128, 256)), seqlen=st.integers(300, 9000), heads=st.integers(1, 40),
-    batch=st.integers(1, 40), mask=st.sampled_from(("causal", "causal & window(3000, 0)", "full")), keys=st.booleans(),
+    head_dim=st.sampled_from((64, 128, 256)), seqlen=st.integers(300, 9000), heads_kv=st.integers(1, 40),
+    group=st.sampled_from((1, 4)), batch=st.integers(1, 40), keys=st.booleans(),
+    mask=st.sampled_from(("causal", "causal & window(3000, 0)", "full")),
 )  # fmt: skip
 def test_multiprocessors_share_the_work_evenly(
-    head_dim: int, seqlen: int, heads: int, batch: int, mask: str, keys: bool
+    head_dim: int, seqlen: int, heads_kv: int, group: int, batch: int, mask: str, keys: bool
 ) -> None:
     """Each tile of query rows, or of keys, comes once, and none is left with much to do when the others are done."""
     from torch_flash2.kernels.hopper import backward, calls, forward, pipeline
 
-    case = Case("x", batch, heads, heads, seqlen, seqlen, head_dim, head_dim, "bf16", mask=mask, layout="bshd")
+    shape = (batch, heads_kv * group, heads_kv, seqlen, seqlen, head_dim, head_dim)
+    case = Case("x", *shape, "bf16", mask=mask, layout="bshd")
     posed, call = compile_all.posed(case, "backward" if keys else "forward", "sm90")
     size, other = (128, 64) if keys else (64 * forward.config(posed).GROUPS, forward.config(posed).BLOCK_N)
     per_head, count = triton.cdiv(seqlen, size), posed.hardware.multiprocessors
-    total = per_head * heads * batch
+    heads = batch * heads_kv * (1 if keys else group)
+    total = per_head * heads
     hypothesis.assume(4 * count <= total <= 10000)
     # What the kernel's function does with numbers.
     arithmetic = types.SimpleNamespace(where=lambda which, one, other: one if which else other, minimum=min)
     placed = types.FunctionType(pipeline.placed.fn.__code__, {"gl": arithmetic})
     order = backward._order(posed, call, size) if keys else calls.order(posed, call, size)
-    places = [placed(index, per_head, heads * batch, order) for index in range(total)]
+    places = [placed(index, per_head, heads, order) for index in range(total)]
     assert len(set(places)) == total
-    assert {*places} == set(itertools.product(range(heads * batch), range(per_head)))
+    assert {*places} == set(itertools.product(range(heads), range(per_head)))
     turns = torch.tensor([turn for _, turn in places])
     if keys:
         lo, hi = masks.parse(mask).queries(turns * size, seqlen, seqlen)
     else:
         lo, hi = masks.parse(mask).keys(((per_head - turns) * size).clamp(max=seqlen) - 1, seqlen, seqlen)
+    visits = (hi - lo + other - 1) // other * (group if keys else 1)
     # What comes before and after a task takes as long as about two tiles of keys, four of rows.
-    costs = ((4 if keys else 2) + (hi - lo + other - 1) // other).tolist()
+    costs = (visits + (4 if keys else 2)).tolist()
     # Longest first is about the best that there is, but for L2.
     assert duration(costs, count) <= 1.08 * duration(sorted(costs, reverse=True), count)
 

@@ -79,9 +79,9 @@ def order(problem: Problem, call: Call, rows: int) -> tuple[int, int]:
 
 
 def kept(problem: Problem, tiles: int, heads: int) -> int:
-    """How many of the tiles of each head are kept for the end. Long ones, of up to `tiles` key tiles, leave the
-    multiprocessors with about a quarter of that to do on average; k tiles kept of each head have k^2 / 2."""
-    return min(math.ceil(math.sqrt(problem.hardware.multiprocessors * tiles / (2 * heads))), tiles // 2)
+    """How many of the tiles of each head are kept for the end. When those before are shared out, multiprocessors are on
+    average half of the longest, of `tiles` tiles to visit, apart; k tiles kept of each head have k^2 / 2."""
+    return min(math.ceil(math.sqrt(problem.hardware.multiprocessors * tiles / heads)), tiles // 2)
 
 
 def hides(problem: Problem) -> bool:
