@@ -202,7 +202,7 @@ def test_multiprocessors_share_the_work_evenly(
     head_dim: int, seqlen: int, heads_kv: int, group: int, batch: int, mask: str, keys: bool
 ) -> None:
     """Each tile of query rows, or of keys, comes once, and none is left with much to do when the others are done."""
-    from torch_flash2.kernels.hopper import backward, calls, forward, pipeline
+    from torch_flash2.kernels.hopper import calls, forward, pipeline
 
     shape = (batch, heads_kv * group, heads_kv, seqlen, seqlen, head_dim, head_dim)
     case = Case("x", *shape, "bf16", mask=mask, layout="bshd")
@@ -215,7 +215,7 @@ def test_multiprocessors_share_the_work_evenly(
     # What the kernel's function does with numbers.
     arithmetic = types.SimpleNamespace(where=lambda which, one, other: one if which else other, minimum=min)
     placed = types.FunctionType(pipeline.placed.fn.__code__, {"gl": arithmetic})
-    order = backward._order(posed, call, size) if keys else calls.order(posed, call, size)
+    order = calls.key_order(posed, call, size) if keys else calls.order(posed, call, size)
     places = [placed(index, per_head, heads, order) for index in range(total)]
     assert len(set(places)) == total
     assert {*places} == set(itertools.product(range(heads), range(per_head)))

@@ -229,7 +229,7 @@ def _launch_keys(
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
         KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter),
-        tuple(map(coded, (*_order(problem, call, keys), programs))),
+        tuple(map(coded, (*calls.key_order(problem, call, keys), programs))),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),
@@ -260,18 +260,6 @@ def _finish_queries(
     programs = _tiles(problem, call, config.BLOCK)
     launching.launch(finish_queries, programs, call.query.device, arguments, num_warps=4, num_stages=1)
     _repair_queries(problem, call, grad_out, stats, grad_q, flags, config.BLOCK)
-
-
-def _order(problem: Problem, call: Call, keys: int) -> tuple[int, int]:
-    """The order of tiles of so many keys, as calls.order: heads whose queries and output gradients stay in L2."""
-    if not problem.mask.bands and not problem.lengths:
-        return 1, 0
-    row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
-    heads = max(1, calls.L2_BYTES // max(row_bytes, 1))
-    if problem.packed_k:
-        return min(heads, problem.heads_kv), 0
-    all_heads = max(problem.heads_kv * problem.batch, 1)
-    return min(heads, all_heads), calls.kept(problem, triton.cdiv(call.key.shape[2], keys), all_heads)
 
 
 def _tiles(problem: Problem, call: Call, rows: int) -> int:

@@ -446,8 +446,8 @@ def backward_keys(
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one key head, summed over the query heads of its group: 64 keys a warpgroup, or
-    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is that of calls.order, and how many
-    tiles there are."""
+    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is that of calls.key_order, and how
+    many tiles there are."""
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     SHARED: gl.constexpr = SHAPE.SHARED

@@ -59,29 +59,36 @@ def descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def order(problem: Problem, call: Call, rows: int) -> tuple[int, int]:
-    """The order of tiles of so many query rows: how many heads go side by side, so that their keys stay in L2, their
-    last tiles first, the longest under a causal mask; and how many of the first tiles of each head are kept for the
-    end, when those of all heads go side by side, again from the last to the first.
+    """The order of tiles of so many query rows, as `side_by_side`: what heads share is their keys and values."""
+    key_bytes = call.key.shape[2] * (problem.head_dim + problem.head_dim_v) * 2
+    heads = max(1, L2_BYTES // max(key_bytes, 1)) * problem.group
+    tiles = 0 if problem.packed_q else triton.cdiv(call.query.shape[2], rows)
+    return side_by_side(problem, heads, problem.heads * (1 if problem.packed_q else problem.batch), tiles)
+
+
+def key_order(problem: Problem, call: Call, keys: int) -> tuple[int, int]:
+    """The order of tiles of so many keys, as `side_by_side`: what passes them is queries and output gradients."""
+    row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
+    heads = max(1, L2_BYTES // max(row_bytes, 1))
+    tiles = 0 if problem.packed_k else triton.cdiv(call.key.shape[2], keys)
+    return side_by_side(problem, heads, problem.heads_kv * (1 if problem.packed_k else problem.batch), tiles)
+
+
+def side_by_side(problem: Problem, heads: int, all_heads: int, tiles: int) -> tuple[int, int]:
+    """How many heads go side by side, as many as stay in L2, their longest tiles first; and how many of the shortest of
+    a head's tiles, 0 where documents are packed, are kept for the end, when those of all heads go side by side.
 
     A block of heads whose tiles are not shared evenly by the multiprocessors would leave long tiles for the end: 13 %
-    of the time with a head dim of 256 and 4096 rows (H200, 2026-11-21).
+    of the time with a head dim of 256 and 4096 rows (H200, 2026-11-21). When the tiles before those kept are shared
+    out, multiprocessors are on average half of the longest, of `tiles` tiles to visit, apart; k tiles kept of each head
+    have k^2 / 2.
     """
     if not problem.mask.bands and not problem.lengths:
         # All tiles are of one length: one head after the other.
         return 1, 0
-    key_bytes = call.key.shape[2] * (problem.head_dim + problem.head_dim_v) * 2
-    heads = max(1, L2_BYTES // max(key_bytes, 1)) * problem.group
-    if problem.packed_q:
-        return min(heads, problem.heads), 0
-    all_heads = max(problem.heads * problem.batch, 1)
-    tiles = triton.cdiv(call.query.shape[2], rows)
-    return min(heads, all_heads), kept(problem, tiles, all_heads)
-
-
-def kept(problem: Problem, tiles: int, heads: int) -> int:
-    """How many of the tiles of each head are kept for the end. When those before are shared out, multiprocessors are on
-    average half of the longest, of `tiles` tiles to visit, apart; k tiles kept of each head have k^2 / 2."""
-    return min(math.ceil(math.sqrt(problem.hardware.multiprocessors * tiles / heads)), tiles // 2)
+    all_heads = max(all_heads, 1)
+    kept = math.ceil(math.sqrt(problem.hardware.multiprocessors * tiles / all_heads))
+    return min(heads, all_heads), min(kept, tiles // 2)
 
 
 def hides(problem: Problem) -> bool:

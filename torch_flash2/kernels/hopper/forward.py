@@ -163,18 +163,19 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     if problem.batch == 0 or 0 in call.query.shape or 0 in call.key.shape:
         return out.zero_(), lse.fill_(-torch.inf)
     workspace = launching.zeros(call.query.device, _workspace(problem, config, call))
+    numbers = shape(problem, config)
     arguments: tuple[Any, ...] = (
         descriptor(call.query, 64, config.WIDTH_D),
         descriptor(call.key, config.BLOCK_N, config.WIDTH_D),
         descriptor(call.value, config.BLOCK_N, config.WIDTH_V),
-        descriptor(out, 64, _width_out(problem, config)),
+        descriptor(out, 64, numbers.WIDTH_OUT),
         Plain(*map(Strided.of, (call.query, call.key, call.value, out))),
         lse,
         workspace,
         workspace if hides(problem) else None,
         tuple(map(coded, order(problem, call, 64 * config.GROUPS))),
         *launching.bundle(problem, call),
-        shape(problem, config),
+        numbers,
         launching.steps(problem),
     )
     programs, _ = _grid(problem, config, call)
