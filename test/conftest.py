@@ -18,6 +18,19 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
 ROOT = Path(__file__).parents[1]
 
+
+def share_gpus(worker: int, count: int) -> None:
+    """Let each worker of pytest-xdist begin its count of GPUs at another one; all of them stay visible."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(count)]
+    first = worker % len(gpus)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first:] + gpus[:first])
+
+
+# Asked before CUDA starts, torch counts GPUs through NVML: a process reads the variable once, when it starts CUDA.
+if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.device_count() > 1:
+    share_gpus(int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), torch.cuda.device_count())
+
 settings.register_profile(
     "ci",
     deadline=None,
