@@ -62,6 +62,8 @@ class BackwardConfig(NamedTuple):
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
     yield from calls.why_not(problem)
+    if problem.dropout:
+        yield "dropout's backward stays on the portable kernel"
     if problem.head_dim % 8 != 0:
         yield "TMA needs multiples of 16 bytes, which a gradient's rows have where D is a multiple of 8"
     rows = 2 * problem.batch * problem.heads * (problem.seqlen_q + 256)

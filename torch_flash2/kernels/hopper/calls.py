@@ -44,8 +44,6 @@ def why_not(problem: Problem) -> Iterator[str]:
         yield "dense masks and biases stay on the portable kernel"
     if not problem.positive_scale:
         yield "a scale that is not positive stays on the portable kernel"
-    if problem.dropout:
-        yield "dropout stays on the portable kernel"
     if problem.page_size is not None:
         yield "it has no paged keys and values"
     if problem.batch * problem.heads * (problem.seqlen_q // 128 + 1) >= 2**30:
