@@ -80,9 +80,11 @@ def kept(draw, n0, N: gl.constexpr):
         thread = gl.arange(0, 128, layout=_THREADS)
         first = (thread * 0).to(gl.uint32)
         second = first
+        k0 = _same(draw.key.k0)
+        k1 = _same(draw.key.k1)
         at = draw.quad ^ (n0 // 4).to(gl.uint32)
         for j in gl.static_range(N // 8):
-            c0, c1, c2, c3 = _words(draw, at ^ (2 * j))
+            c0, c1, c2, c3 = _words(draw, k0, k1, at ^ (2 * j))
             first = _add_bit(first, c0, draw.key.threshold, 2 * j)
             first = _add_bit(first, c1, draw.key.threshold, 2 * j + 1)
             second = _add_bit(second, c2, draw.key.threshold, 2 * j)
@@ -114,7 +116,7 @@ def drop(p, bits):
 
 
 @gluon.jit
-def _words(draw, quad):
+def _words(draw, k0, k1, quad):
     """Philox-4x32-10 from its second round on; `quad` is the first round's word that depends on the columns."""
     high, low = _product(quad, _B)
     high, low_0 = _product(high ^ draw.second, _A)
@@ -122,8 +124,8 @@ def _words(draw, quad):
     for i in gl.static_range(3, 10):
         high_0, low_0 = _product(c0, _A)
         high_2, low_2 = _product(c2, _B)
-        c0 = high_2 ^ c1 ^ _raised(draw.key.k0, _STEP_0, i)
-        c2 = high_0 ^ c3 ^ _raised(draw.key.k1, _STEP_1, i)
+        c0 = high_2 ^ c1 ^ _raised(k0, _STEP_0, i)
+        c2 = high_0 ^ c3 ^ _raised(k1, _STEP_1, i)
         c1 = low_2
         c3 = low_0
     return c0, c1, c2, c3
@@ -166,3 +168,11 @@ def _neighbours(x):
     return gl.inline_asm_elementwise(
         "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=gl.uint32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _same(x):
+    """A number that all threads of a warp hold, in a uniform register: what is computed of it takes no others."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.or.b32 $0, $1, -1;", "=r,r", [x], dtype=gl.uint32, is_pure=False, pack=1
+    )  # fmt: skip
