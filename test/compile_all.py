@@ -37,7 +37,7 @@ TENSOR_MEMORY = 512
 _PACKED: dict[str, Any] = dict(lengths="packed_used", documents=(1.0, 0.5))
 # Hopper's kernels beside the portable ones: their head dims, and what they take of the mixes below, with more of each.
 HOPPER_DIMS = (64, 96, 128, 192, 256)
-HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents")
+HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents", "dropout")
 PORTABLE_MIXES = ("plain", "strided", "scores", "bias", "packed", "all")
 # Features that change what a kernel keeps on the chip; "odd" strides take the path without TMA.
 MIXES: dict[str, dict[str, Any]] = {
@@ -49,6 +49,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "full": dict(),
     "left": dict(mask="window(100, 3) @ bottom-right", sinks=True),
     "softcap": dict(mask="causal", softcap=30.0),
+    "dropout": dict(mask="window(100, 3)", softcap=30.0, alibi=1, dropout_p=0.1),
     "documents": dict(mask="causal @ bottom-right", layout="bshd", **_PACKED),
     "all": dict(
         mask="causal & chunk(64) @ bottom-right", dense="BMN", bias="BHMN", bias_dtype="fp32",
@@ -82,6 +83,8 @@ def matrix() -> Iterator[Job]:
     yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, PORTABLE_MIXES, DIRECTIONS))
     jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, KERNELS[1:])
     for job in itertools.starmap(Job, jobs):
+        if job.direction == "backward" and job.mix == "dropout":
+            continue
         if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= 128):
             yield job
 
