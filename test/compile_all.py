@@ -83,8 +83,6 @@ def matrix() -> Iterator[Job]:
     yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, PORTABLE_MIXES, DIRECTIONS))
     jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, KERNELS[1:])
     for job in itertools.starmap(Job, jobs):
-        if job.direction == "backward" and job.mix == "dropout":
-            continue
         if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= 128):
             yield job
 

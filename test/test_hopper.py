@@ -152,7 +152,9 @@ def forward_config(case: Case) -> Any:
 
 
 def kernel_config(width: tuple[int, int], feature: str, seqlen: int) -> Any:
-    changes = {name: FEATURES[feature][name] for name in ("mask", "softcap", "alibi", "dropout_p") if name in FEATURES[feature]}
+    changes = {
+        name: FEATURES[feature][name] for name in ("mask", "softcap", "alibi", "dropout_p") if name in FEATURES[feature]
+    }
     case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
     return forward_config(case)
 
@@ -329,7 +331,9 @@ def test_dropout_is_scores_keep(
     width = inputs.value.shape[3]
     inputs.key.nan_to_num_()
     for first in range(0, inputs.value.shape[2], width):
-        shown = torch.arange(inputs.value.shape[2], device="cuda")[:, None] - first == torch.arange(width, device="cuda")
+        shown = torch.arange(inputs.value.shape[2], device="cuda")[:, None] - first == torch.arange(
+            width, device="cuda"
+        )
         inputs.value.copy_(shown.expand(inputs.value.shape))
         found = []
         for kernel in ("hopper", "reference"):

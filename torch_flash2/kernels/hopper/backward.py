@@ -62,8 +62,6 @@ class BackwardConfig(NamedTuple):
 def why_not(problem: Problem) -> Iterator[str]:
     """Why this kernel cannot run the problem."""
     yield from calls.why_not(problem)
-    if problem.dropout:
-        yield "dropout's backward stays on the portable kernel"
     if problem.head_dim % 8 != 0:
         yield "TMA needs multiples of 16 bytes, which a gradient's rows have where D is a multiple of 8"
     rows = 2 * problem.batch * problem.heads * (problem.seqlen_q + 256)
@@ -95,7 +93,7 @@ def config(problem: Problem) -> BackwardConfig:
     if problem.lengths:
         # Between these products rows past a document's end are cleared, and ptxas has them wait for one another.
         fused = fused._replace(AHEAD=False)
-    if problem.steps:
+    if problem.steps or problem.dropout:
         # They take the registers of operands kept there, and of the next tile's products.
         fused = fused._replace(KEPT=False, AHEAD=False)
     elif not _stops_early(problem):

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..device import tiles
-from . import compat
+from . import compat, dropping
 from .backward_feeding import advance, clean_rows, masked_rows, meet, next_turn, produce, vector
 from .backward_pipeline import (
     BackwardInputs,
@@ -149,7 +149,7 @@ def _await_next(j, then, streams, task, rule, WG: gl.constexpr, SHAPE: gl.conste
 
 
 @gluon.jit
-def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
+def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
           SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """dK and dV with the j-th tile of rows, the one from row m0 of head h, and dQ's part where it is summed here; the
     keys are in the home-th buffer, the task's first tile was the first-th: `at` is (j, h, m0, first, home). Also what
@@ -208,10 +208,14 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
         p = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), p, 0.0)
     # Before the next branch: P and the slope both, in fp32, would be spilled there.
     weight = p * slope
+    bits = dropping.kept_keys(draw, h, m0, BLOCK_M)
+    p = dropping.drop_keys(p, bits)
     dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
     # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
     filled(do, j, SHAPE.STAGES_V)
     dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
+    if len(bits) > 0:
+        dp = dropping.drop_keys(dp, bits) * rule.scoring.inverse_keep
     if SHAPE.AHEAD and not SHARED_SUMS:
         # S of the next tile, beside dV and the arithmetic of dS.
         ahead = _await_next(j, then, streams, task, rule, WG, SHAPE)
@@ -289,6 +293,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = steps_of(h, task, rule, STEPS)
+    draw = dropping.begin_keys(task, rule, WG)
     some = task.count > 0
     stop = first + task.count * rule.sizes.group
     mine = home * SHAPE.GROUPS + WG
@@ -313,10 +318,10 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
             now = steps_of(h, task, rule, STEPS)
         # Two bodies, so that a tile without a mask is worked on without a branch.
         if masks:
-            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG, True,
-                                    SHAPE, STEPS)  # fmt: skip
+            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, draw, streams, fixed, task, rule, WG,
+                                    True, SHAPE, STEPS)  # fmt: skip
         else:
-            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG,
+            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, draw, streams, fixed, task, rule, WG,
                                     False, SHAPE, STEPS)  # fmt: skip
         h, m0, masks, more = then
         j += 1
@@ -337,7 +342,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
 
 @gluon.jit
 def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps."""
+    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps, below 0 where dropped."""
     task = get_key_task(fixed.tasks, 0, 1)
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
@@ -354,6 +359,7 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = steps_of(h, task, rule, STEPS)
+    draw = dropping.begin_keys(task, rule, 0)
     i = task.count * 0
     mbarrier.wait(k.filled.index(0), 0)
     for j in range(task.count * rule.sizes.group):
@@ -377,7 +383,12 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             p = gl.where(seen_by_keys(tasks, 0, m, 0, S), p, 0.0)
-        handed.data.index(j % 2).store((p * slope).to(DTYPE))
+        weight = p * slope
+        if rule.operands.seed is not None:
+            bits = dropping.kept_keys(draw, h, m0, BLOCK_M)
+            p = dropping.drop_keys(p, bits)
+            weight = dropping.drop_keys(weight, bits) * 2.0 - weight
+        handed.data.index(j % 2).store(weight.to(DTYPE))
         mbarrier.arrive(handed.filled.index(j % 2))
         filled(do, j, SHAPE.STAGES_V)
         dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
@@ -425,6 +436,9 @@ def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         mbarrier.arrive(do.free.index(slot_v))
         p = handed.data.index(j % 2).load(S).to(gl.float32)
         mbarrier.arrive(handed.free.index(j % 2))
+        if rule.operands.seed is not None:
+            dp = gl.where(p < 0.0, 0.0, dp * rule.scoring.inverse_keep)
+            p = gl.abs(p)
         ds = p * (dp - delta[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             # A masked value may be NaN, and 0 * NaN is NaN.

@@ -39,22 +39,29 @@ class Draw(NamedTuple):
     key: Any
 
 
+class KeyDraw(NamedTuple):
+    """The like of four keys of one row [128], where rows pass: two words of the second round without its row, one of
+    the segment; the key."""
+
+    high: Any
+    low: Any
+    segment: Any
+    key: Any
+
+
 @gluon.jit
-def key_of(rule):
-    """The Key of a call with dropout, else nothing."""
+def _key_of(rule):
+    key = philox.load_key(rule.operands.seed)
+    return Key(key.to(gl.uint32), (key >> 32).to(gl.uint32), philox.threshold_of(rule.scoring))
+
+
+@gluon.jit
+def begin(task, rule, WG: gl.constexpr):
+    """The Draw of a task's rows in a warpgroup, nothing without dropout."""
     if rule.operands.seed is None:
         return ()
     else:
-        key = philox.load_key(rule.operands.seed)
-        return Key(key.to(gl.uint32), (key >> 32).to(gl.uint32), philox.threshold_of(rule.scoring))
-
-
-@gluon.jit
-def begin(task, key, WG: gl.constexpr):
-    """The Draw of a task's rows in a warpgroup, nothing without a key."""
-    if len(key) == 0:
-        return ()
-    else:
+        key = _key_of(rule)
         thread = gl.arange(0, 128, layout=_THREADS)
         # Of rows g and g + 8 of each 16.
         row = task.row + WG * 64 + thread // 32 * 16 + thread % 2 * 8 + thread // 4 % 8
@@ -91,7 +98,7 @@ def kept(draw, n0, N: gl.constexpr):
             second = _add_bit(second, c3, draw.key.threshold, 2 * j + 1)
         odd = thread % 2 == 1
         mine = gl.where(odd, second, first)
-        other = _neighbours(gl.where(odd, first, second))
+        other = _across(gl.where(odd, first, second), 1)
         words = gl.join(gl.where(odd, other, mine), gl.where(odd, mine, other))
         return (gl.reshape(gl.permute(gl.reshape(words, [4, 8, 4, 2]), (0, 3, 1, 2)), [64, 4]),)
 
@@ -116,12 +123,89 @@ def drop(p, bits):
 
 
 @gluon.jit
+def begin_keys(task, rule, WG: gl.constexpr):
+    """The KeyDraw of 64 keys of a task, nothing without dropout."""
+    if rule.operands.seed is None:
+        return ()
+    else:
+        key = _key_of(rule)
+        thread = gl.arange(0, 128, layout=_THREADS)
+        place = thread // 4 % 8
+        quad = task.n0 // 4 + WG * 16 + thread // 32 * 4 + place % 4 // 2 * 2 + place // 4
+        high_0, low_0 = _product((thread * 0 + task.b).to(gl.uint32), _A)
+        high, low = _product(quad.to(gl.uint32) ^ high_0 ^ key.k1, _B)
+        return KeyDraw(high ^ _raised(key.k0, _STEP_0, 1), low, low_0 ^ _raised(key.k1, _STEP_1, 1), key)
+
+
+@gluon.jit
+def kept_keys(draw, h, m0, M: gl.constexpr):
+    """Which scores of rows m0 .. m0 + M of head h are kept in a tile [64, M] of keys and rows, as bits of words
+    [4, 8, 4], one for each thread. Nothing without a draw."""
+    if len(draw) == 0:
+        return ()
+    else:
+        gl.static_assert(M == 64)
+        thread = gl.arange(0, 128, layout=_THREADS)
+        place = thread // 4 % 4
+        row = m0 + thread % 4 * 2 + place % 2
+        k0 = _same(draw.key.k0)
+        k1 = _same(draw.key.k1)
+        head = h.to(gl.uint32) ^ k0
+        bits = (thread * 0).to(gl.uint32)
+        for j in gl.static_range(M // 8):
+            high, low = _product((row + 8 * j).to(gl.uint32), _B)
+            high, low_0 = _product(high ^ head, _A)
+            words = _rounds(low ^ draw.high, draw.low, high ^ draw.segment, low_0, k0, k1, 2)
+            for w in gl.static_range(4):
+                bits = _add_bit(bits, words[w], draw.key.threshold, 8 * w + j)
+        # A thread has a byte for each of four, and takes one from each.
+        bits = _bytes(bits, _across(bits, 4), gl.where(place % 2 == 0, 0x6240, 0x3715))
+        bits = _bytes(bits, _across(bits, 8), gl.where(place < 2, 0x5410, 0x3276))
+        return (gl.reshape(bits, [4, 8, 4]),)
+
+
+@gluon.jit
+def drop_keys(x, bits):
+    """A tile [64, M] of keys and rows, 0 where dropout drops; `bits` is what `kept_keys` gave."""
+    if len(bits) == 0:
+        return x
+    else:
+        M: gl.constexpr = x.shape[1]
+        split = gl.reshape(x, [4, 2, 8, M // 8, 4, 2])
+        L: gl.constexpr = split.type.layout
+        half = gl.arange(0, 2, layout=_only(1, L))[None, :, None, None, None, None]
+        eight = gl.arange(0, M // 8, layout=_only(3, L))[None, None, None, :, None, None]
+        one = gl.arange(0, 2, layout=_only(5, L))[None, None, None, None, None, :]
+        place = (half * 16 + one * 8 + eight).to(gl.uint32)
+        words = gl.convert_layout(
+            bits[0], gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(5, L))), assert_trivial=True
+        )
+        words, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(gl.expand_dims(words, 1), 3), 5), split)
+        split = _select(words, gl.full([4, 2, 8, M // 8, 4, 2], 1, gl.uint32, L) << place, split)
+        return gl.convert_layout(gl.reshape(split, [64, M]), x.type.layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _only(dim, layout):
+    """The layout of a vector along one dimension of six."""
+    for other in (5, 4, 3, 2, 1, 0):
+        if other != dim:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
 def _words(draw, k0, k1, quad):
     """Philox-4x32-10 from its second round on; `quad` is the first round's word that depends on the columns."""
     high, low = _product(quad, _B)
     high, low_0 = _product(high ^ draw.second, _A)
-    c0, c1, c2, c3 = low ^ draw.third_0, draw.third_1, high ^ draw.third_2, low_0
-    for i in gl.static_range(3, 10):
+    return _rounds(low ^ draw.third_0, draw.third_1, high ^ draw.third_2, low_0, k0, k1, 3)
+
+
+@gluon.jit
+def _rounds(c0, c1, c2, c3, k0, k1, FIRST: gl.constexpr):
+    """Philox's rounds from the FIRST-th on."""
+    for i in gl.static_range(FIRST, 10):
         high_0, low_0 = _product(c0, _A)
         high_2, low_2 = _product(c2, _B)
         c0 = high_2 ^ c1 ^ _raised(k0, _STEP_0, i)
@@ -162,11 +246,23 @@ def _select(bits, which, x):
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _shuffle_asm(distance):
+    return f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+
+
 @gluon.jit
-def _neighbours(x):
-    """What the other thread of each pair holds."""
+def _across(x, DISTANCE: gl.constexpr):
+    """What the thread holds whose number in the warp differs in one bit."""
+    ASM: gl.constexpr = _shuffle_asm(DISTANCE)
+    return gl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=gl.uint32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _bytes(x, y, which):
+    """Four bytes of two words."""
     return gl.inline_asm_elementwise(
-        "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=gl.uint32, is_pure=False, pack=1
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [x, y, which.to(gl.uint32)], dtype=gl.uint32, is_pure=True, pack=1
     )
 
 
