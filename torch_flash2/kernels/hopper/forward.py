@@ -52,8 +52,8 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 def config(problem: Problem) -> Config:
     """The row of configs.json for the next head dims, with or without a mask, before all for a score step or dropout
-    that the call has, for the most keys that it has. A row may ask for rows of the query, and for tiles of them for each
-    multiprocessor: large tiles do not pay where the last ones keep few of the GPU's busy."""
+    that the call has, for the most keys that it has. A row may ask for rows of the query, and for tiles of them for
+    each multiprocessor: large tiles do not pay where the last ones keep few of the GPU's busy."""
     masked = bool(problem.mask.bands or problem.lengths)
     steps = (*problem.steps, "dropout") if problem.dropout else problem.steps
     fitting = [
