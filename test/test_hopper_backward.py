@@ -55,6 +55,8 @@ def steps(head_dim: int, width: int) -> int:
         ((128, 128), "window", False),
         ((64, 64), "scores", False),
         ((128, 128), "packed", False),
+        ((64, 64), "dropout", True),
+        ((128, 128), "dropout", False),
     ],
 )  # fmt: skip
 def test_main_loops(width: tuple[int, int], feature: str, atomics: bool) -> None:
