@@ -313,7 +313,7 @@ DROPOUTS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.gpu
 @hopper
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(
     features=st.sampled_from(DROPOUTS), batch=st.integers(1, 4), heads_kv=st.integers(1, 3),
     group=st.sampled_from((1, 4)), M=st.integers(1, 500), N=st.integers(1, 500),

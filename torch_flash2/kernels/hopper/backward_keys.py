@@ -384,7 +384,7 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             p = gl.where(seen_by_keys(tasks, 0, m, 0, S), p, 0.0)
         weight = p * slope
-        if rule.operands.seed is not None:
+        if len(draw) > 0:
             bits = dropping.kept_keys(draw, h, m0, BLOCK_M)
             p = dropping.drop_keys(p, bits)
             weight = dropping.drop_keys(weight, bits) * 2.0 - weight

@@ -1,7 +1,8 @@
-"""Dropout in the Hopper forward: the bits of scores.keep, as what threads hold of a tile of scores.
+"""Dropout on Hopper: the bits of scores.keep, for the scores that threads hold of a tile.
 
-A tile has 64 rows and N keys. Philox gives the words of four keys of one row at once, and two threads share those: the
-even one of each pair works on its first row, the odd one on its second, for both.
+M query rows, N keys. Philox gives the words of four neighbouring keys of one row at once. In a tile [64 rows, N] two
+threads share those: of each pair the even one draws for its first row, the odd one for its second. In a tile [64 keys,
+M] four threads do, which draw for one row each of two fours of keys. Threads keep a bit of each word and exchange bits.
 """
 
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ class Key(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What a thread's Philox of one row begins with [128]: what the first rounds, where a column enters no more than
-    one product, make of all else; the key."""
+    """What Philox makes of one row, one for each thread [128], before the key's number enters: the word that this is
+    added to in the first round, one word of the second, three of the third; and the Key."""
 
     quad: Any
     second: Any
@@ -40,8 +41,8 @@ class Draw(NamedTuple):
 
 
 class KeyDraw(NamedTuple):
-    """The like of four keys of one row [128], where rows pass: two words of the second round without its row, one of
-    the segment; the key."""
+    """What Philox makes of four keys [128] before the row's number enters: two words of the second round, and one of
+    the segment; and the Key."""
 
     high: Any
     low: Any
