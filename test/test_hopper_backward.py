@@ -286,10 +286,11 @@ def test_nothing_leaks_from_behind_a_mask(mask: str, head_dim: int, force: None)
 
 @pytest.mark.gpu
 @hopper
-def test_other_documents_and_padding_do_not_reach_a_gradient(force: None) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_other_documents_and_padding_do_not_reach_a_gradient(head_dim: int, force: None) -> None:
     """Rows after the last document and padding hold NaN: gradients of documents are what they are without."""
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(1, 4, 700, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, grad = (torch.randn(1, 4, 700, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     cu = torch.tensor([0, 130, 130, 500, 650], dtype=torch.int32, device="cuda")
     lengths = torch_flash2.Lengths(cu_q=cu, cu_k=cu)
     clean = gradients(q, k, v, grad, mask="causal", lengths=lengths)
