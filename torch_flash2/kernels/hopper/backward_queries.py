@@ -186,7 +186,7 @@ def backward_queries(
     value_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, SHAPE.BLOCK, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     rings = QueryTiles(query_tiles, do_tiles, key_tiles, value_tiles)
     fence_async_shared()
-    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, stats.pitch, outputs.flags)
+    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, stats.pitch, outputs.flags, None)
     order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
     task = query_task(
         gl.program_id(0), order, spans, rule.sizes, rules, BLOCK_M, SHAPE.BLOCK, SHAPE.BOTTOM_RIGHT,
