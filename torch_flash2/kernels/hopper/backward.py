@@ -33,8 +33,9 @@ class Config(NamedTuple):
     """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
     keys, whether S of the next tile is issued before dS of this one, whether dQ's products have a warpgroup of their
-    own, whether keys and values stay in registers, and of how many tasks they are on the chip: 2 where programs claim
-    tasks, one after the other."""
+    own; how many times 64 columns of what stays are in registers too (`KEPT` of keys, for dQ of queries, `KEPT_V` of
+    values, for dQ of output gradients); the buffers in which P is handed on where keys are shared; and of how many
+    tasks keys and values are on the chip: 2 where programs claim tasks, one after the other."""
 
     GROUPS: int
     BLOCK: int
@@ -45,7 +46,9 @@ class Config(NamedTuple):
     SHARED: bool = False
     AHEAD: bool = False
     APART: bool = False
-    KEPT: bool = False
+    KEPT: int = 0
+    KEPT_V: int = 0
+    HANDED: int = 2
     TASKS: int = 1
 
 
@@ -85,6 +88,10 @@ def config(problem: Problem) -> BackwardConfig:
         if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
     keys, queries = Config(**row["keys"]), Config(**row["queries"])
+    if problem.steps and "stepped" in row:
+        # They take the registers of operands kept there, and of longer tiles.
+        changes = row["stepped"]
+        keys, queries = keys._replace(**changes["keys"]), queries._replace(**changes["queries"])
     if row["fused"] is None:
         return BackwardConfig(keys, queries)
     fused = Config(**row["fused"])
@@ -95,7 +102,7 @@ def config(problem: Problem) -> BackwardConfig:
         fused = fused._replace(AHEAD=False)
     if problem.steps:
         # They take the registers of operands kept there, and of the next tile's products.
-        fused = fused._replace(KEPT=False, AHEAD=False)
+        fused = fused._replace(KEPT=0, KEPT_V=0, AHEAD=False)
     elif not _stops_early(problem):
         # Where tasks are short, what comes before and after one takes its share: it goes on beside another task.
         rows = problem.seqlen_q * problem.group
@@ -152,6 +159,8 @@ def _shape(problem: Problem, config: Config) -> BackwardShape:
         config.AHEAD,
         config.APART,
         config.KEPT,
+        config.KEPT_V,
+        config.HANDED,
         config.TASKS,
     )
 
