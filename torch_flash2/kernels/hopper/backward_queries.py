@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..device import bands, scores, tiles
-from . import compat
+from . import compat, dropping
 from .backward_pipeline import (
     BackwardInputs,
     BackwardRule,
@@ -123,16 +123,16 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
     delta = gl.load(stats.delta + at + m, mask=inside, other=0.0)
     segment = gl.minimum(task.b, rule.sizes.B - 1)
     steps = scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
+    draw = dropping.begin(task, rule, WG)
     dq = zeros(WIDTH_D, CHUNKS_D)
     some = task.count > 0
     mbarrier.wait(q.filled.index(0), 0)
     mbarrier.wait(do.filled.index(0), 0, pred=some)
     mbarrier.wait(k.filled.index(0), 0, pred=some)
-    kept_q = left_operands(q.data, WG * CHUNKS_D, BLOCK_N, WIDTH_D, SHAPE.KEPT)
     kept = left_operands(do.data, WG * CHUNKS_V, BLOCK_N, WIDTH_V, SHAPE.KEPT_V)
     s = gl.zeros([64, BLOCK_N], gl.float32, S)
     if SHAPE.AHEAD:
-        s = warpgroup_mma_wait(0, (scores_of(kept_q, q, WG * CHUNKS_D, k, 0, BLOCK_N, WIDTH_D, CHUNKS_D),))
+        s = warpgroup_mma_wait(0, (scores_of((), q, WG * CHUNKS_D, k, 0, BLOCK_N, WIDTH_D, CHUNKS_D),))
     for j in range(task.count):
         slot = j % SHAPE.STAGES
         slot_v = j % SHAPE.STAGES_V
@@ -142,7 +142,7 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
         # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
         again = gl.minimum(n0, 0)
         if not SHAPE.AHEAD:
-            s = scores_of(kept_q, q, WG * CHUNKS_D + again, k, slot, BLOCK_N, WIDTH_D, CHUNKS_D)
+            s = scores_of((), q, WG * CHUNKS_D + again, k, slot, BLOCK_N, WIDTH_D, CHUNKS_D)
         filled(v, j, SHAPE.STAGES_V)
         dp = scores_of(kept, do, WG * CHUNKS_V + again, v, slot_v, BLOCK_N, WIDTH_V, CHUNKS_V)
         if not SHAPE.AHEAD:
@@ -154,11 +154,13 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
         if SHAPE.AHEAD:
             # S of the next tile, beside the arithmetic of dS.
             mbarrier.wait(k.filled.index(ahead), (following // SHAPE.STAGES) & 1, pred=following < task.count)
-            s = scores_of(kept_q, q, WG * CHUNKS_D + again, k, ahead, BLOCK_N, WIDTH_D, CHUNKS_D)
+            s = scores_of((), q, WG * CHUNKS_D + again, k, ahead, BLOCK_N, WIDTH_D, CHUNKS_D)
         # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
         filled(v, j, SHAPE.STAGES_V)
         dp = warpgroup_mma_wait(CHUNKS_D if SHAPE.AHEAD else 0, (dp,))
         mbarrier.arrive(v.free.index(slot_v))
+        if rule.operands.seed is not None:
+            dp = dropping.drop(dp, dropping.kept(draw, n0, BLOCK_N)) * rule.scoring.inverse_keep
         ds = p * (dp - delta[:, None])
         if (n0 < task.full_start) | (n0 >= task.full_stop):
             # A masked key or value may be NaN, and 0 * NaN is NaN.
@@ -197,7 +199,7 @@ def backward_queries(
     value_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, SHAPE.BLOCK, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     rings = QueryTiles(query_tiles, do_tiles, key_tiles, value_tiles)
     fence_async_shared()
-    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, stats.pitch, outputs.flags)
+    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, stats.pitch, outputs.flags, None)
     order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
     task = query_task(
         gl.program_id(0), order, spans, rule.sizes, rules, BLOCK_M, SHAPE.BLOCK, SHAPE.BOTTOM_RIGHT,

@@ -6,15 +6,13 @@ One warpgroup makes P and dV, the other dS and dK, and P goes from one to the ot
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from . import compat
-from .backward_feeding import advance, clean_rows, meet, vector
+from . import compat, dropping
+from .backward_feeding import clean_rows, meet, vector
 from .backward_pipeline import (
     accumulate,
+    advance,
     filled,
     freed,
     get_key_task,
@@ -29,8 +27,8 @@ from .pipeline import landed, operand, steps_of, zeros
 
 @gluon.jit
 def consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps."""
-    task = get_key_task(fixed.tasks, 0, 1)
+    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps, below 0 where dropped."""
+    task = get_key_task(fixed.tasks, 0, 1, 4)
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -46,6 +44,7 @@ def consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STE
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = steps_of(h, task, rule, STEPS)
+    draw = dropping.begin_keys(task, rule, 0)
     i = task.count * 0
     mbarrier.wait(k.filled.index(0), 0)
     kept = left_operands(k.data, i, BLOCK_M, WIDTH_D, SHAPE.KEPT)
@@ -62,15 +61,20 @@ def consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STE
             clean_rows(j, m0, streams, task, rule, 0, SHAPE)
         s = scores_of(kept, k, gl.minimum(m0, 0), q, slot, BLOCK_M, WIDTH_D, CHUNKS_D)
         lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
-        freed(handed, j, SHAPE.HANDED)
+        freed(handed, j, 2)
         s = warpgroup_mma_wait(0, (s,))
         mbarrier.arrive(q.free.index(slot))
         s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
         p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             p = gl.where(seen_by_keys(tasks, 0, m, 0, S), p, 0.0)
-        handed.data.index(j % SHAPE.HANDED).store((p * slope).to(DTYPE))
-        mbarrier.arrive(handed.filled.index(j % SHAPE.HANDED))
+        weight = p * slope
+        if len(draw) > 0:
+            bits = dropping.kept_keys(draw, h, m0, BLOCK_M)
+            p = dropping.drop_keys(p, bits)
+            weight = dropping.drop_keys(weight, bits) * 2.0 - weight
+        handed.data.index(j % 2).store(weight.to(DTYPE))
+        mbarrier.arrive(handed.filled.index(j % 2))
         filled(do, j, SHAPE.STAGES_V)
         dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
         dv = landed(dv, 0)
@@ -86,7 +90,7 @@ def consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STE
 @gluon.jit
 def consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The warpgroup of dS and dK, 64 keys, which is handed P."""
-    task = get_key_task(fixed.tasks, 0, 1)
+    task = get_key_task(fixed.tasks, 0, 1, 4)
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -113,11 +117,14 @@ def consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STE
             clean_rows(j, m0, streams, task, rule, 1, SHAPE)
         dp = scores_of(kept, v, gl.minimum(m0, 0), do, slot_v, BLOCK_M, WIDTH_V, CHUNKS_V)
         delta = vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)
-        filled(handed, j, SHAPE.HANDED)
+        filled(handed, j, 2)
         dp = warpgroup_mma_wait(0, (dp,))
         mbarrier.arrive(do.free.index(slot_v))
-        p = handed.data.index(j % SHAPE.HANDED).load(S).to(gl.float32)
-        mbarrier.arrive(handed.free.index(j % SHAPE.HANDED))
+        p = handed.data.index(j % 2).load(S).to(gl.float32)
+        mbarrier.arrive(handed.free.index(j % 2))
+        if rule.operands.seed is not None:
+            dp = gl.where(p < 0.0, 0.0, dp * rule.scoring.inverse_keep)
+            p = gl.abs(p)
         ds = p * (dp - delta[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             # A masked value may be NaN, and 0 * NaN is NaN.

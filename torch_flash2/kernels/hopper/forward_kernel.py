@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..bundles import Rows
 from ..device import scores, tiles
-from . import compat, lanes
+from . import compat, dropping, lanes
 from .careful import attend_carefully, note_nan
 from .feeding import produce, schedule
 from .pipeline import (
@@ -225,7 +225,7 @@ def _scale_all(acc, factor, SHAPE: gl.constexpr):
 
 @gluon.jit
 def _plain_turns(
-    count, state, n0, left, used, slot, held, place, steps, rule, buffers,
+    count, state, n0, left, used, slot, held, place, steps, draw, rule, buffers,
     WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """`count` turns of `_consume` on tiles without a mask, neither the first nor the second of their task. Shorter than
@@ -254,7 +254,7 @@ def _plain_turns(
         used += 1
         n0 -= SHAPE.BLOCK_N
         s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
         # As in `_consume`: this wait ends the basic block.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -284,6 +284,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             pass_turn(0)
     task = get_task(buffers.tasks, 0, 4)
     steps = steps_of(task.h, task, rule, STEPS)
+    draw = dropping.begin(task, rule, WG)
     some = task.count > 0
     mbarrier.wait(buffers.q.filled.index(WG), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
@@ -299,7 +300,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
     L: gl.constexpr = base.type.layout
     sums = gl.full([64, 4], 0.0, gl.float32, L)
-    p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+    p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
     p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
     acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     weight = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, ACC))
@@ -318,10 +319,10 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if begins:
             following = get_task(buffers.tasks, begun, 4)
             steps = steps_of(following.h, following, rule, STEPS)
+            draw = dropping.begin(following, rule, WG)
             going = following.count
             left = following.count
-            n0 = following.top + BLOCK_N
-            place = following.row + shift(following, SHAPE)
+            n0, place = following.top + BLOCK_N, following.row + shift(following, SHAPE)
             full_start, full_stop = following.full_start, following.full_stop
             slot, phase_q = ring_at(begun, Q_STAGES)
             mbarrier.wait(buffers.q.filled.index(slot * GROUPS + WG), phase_q, pred=going > 0)
@@ -360,7 +361,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if left == 0:
             mbarrier.arrive(buffers.q.free.index(slot * GROUPS + WG))
         used += 1
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
         # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -375,7 +376,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             apart = gl.where(begins | (n0 - BLOCK_N >= full_stop), 0, apart)
             state = State(p, acc, base, sums, decay)
             state, n0, left, used = _plain_turns(
-                apart, state, n0, left, used, slot, held, place, steps, rule, buffers, WG, SHAPE, STEPS
+                apart, state, n0, left, used, slot, held, place, steps, draw, rule, buffers, WG, SHAPE, STEPS
             )
             p, acc, base, sums, decay = state
     if begun > 1:
