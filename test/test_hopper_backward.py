@@ -200,7 +200,7 @@ def test_score_steps_leave_fewer_registers(D: int, Dv: int) -> None:
         return dispatch.select(posed, "hopper").config
 
     plain, capped = chosen(), chosen(softcap=30.0)
-    assert chosen(alibi=1) == capped
+    assert chosen(alibi=1) == chosen(dropout_p=0.1) == capped
     assert plain.keys.SHARED and capped.keys.BLOCK == 64
     assert (capped.keys.BLOCK, capped.keys.KEPT) < (plain.keys.BLOCK, plain.keys.KEPT)
     assert not capped.queries.AHEAD
