@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import compile_all
@@ -60,6 +61,7 @@ def steps(head_dim: int, width: int) -> int:
         ((128, 128), "window", False),
         ((64, 64), "scores", False),
         ((128, 128), "packed", False),
+        ((192, 128), "scores", False),
         ((64, 64), "dropout", False),
         ((128, 128), "dropout", True),
     ],
@@ -116,6 +118,9 @@ def _keys_loops(width: tuple[int, int], chosen: Any, kernel: Any, atomics: bool)
         values, of_keys = main_loops(kernel, of_values, chosen.BLOCK // 2), main_loops(kernel, of_scores, 0)
         assert len(values) == len(of_keys) == 1
         loops = values + of_keys
+        # What is kept in registers does not come from shared memory: four steps of 16 for each 64 columns.
+        assert _both_shared(values[0]) == steps(width[0], chosen.WIDTH_D) - 4 * chosen.KEPT
+        assert _both_shared(of_keys[0]) == steps(width[1], chosen.WIDTH_V) - 4 * chosen.KEPT_V
     else:
         # dQ's columns of a warpgroup over the keys of all, or all columns in a loop of its own.
         sums = chosen.GROUPS * 64 // 16 if atomics else 0
@@ -127,6 +132,11 @@ def _keys_loops(width: tuple[int, int], chosen: Any, kernel: Any, atomics: bool)
         assert len(loops) == chosen.GROUPS
     _few_spills(loops)
     return loops
+
+
+def _both_shared(loop: list[str]) -> int:
+    """How many tensor core instructions have both operands in shared memory."""
+    return sum(re.search(r"HGMMA\S* R\d+, gdesc", instruction) is not None for instruction in loop)
 
 
 def _few_spills(loops: list[list[str]]) -> None:
@@ -178,6 +188,22 @@ def test_an_order_wants_a_warpgroup_and_claims() -> None:
     ):
         with pytest.raises(dispatch.UnsupportedError, match=reason):
             dispatch.select(posed, dispatch.encode_force("hopper", config))
+
+
+@pytest.mark.parametrize(("D", "Dv"), [(192, 128), (256, 256)])
+def test_score_steps_leave_fewer_registers(D: int, Dv: int) -> None:
+    """Tiles are as short with score steps as their arithmetic needs, and less stays in registers."""
+
+    def chosen(**features: Any) -> Any:
+        case = Case("x", 1, 2, 2, 4096, 4096, D, Dv, "bf16", "causal", **features)
+        posed, _ = compile_all.posed(case, "backward", "sm90")
+        return dispatch.select(posed, "hopper").config
+
+    plain, capped = chosen(), chosen(softcap=30.0)
+    assert chosen(alibi=1) == chosen(dropout_p=0.1) == capped
+    assert plain.keys.SHARED and capped.keys.BLOCK == 64
+    assert (capped.keys.BLOCK, capped.keys.KEPT) < (plain.keys.BLOCK, plain.keys.KEPT)
+    assert not capped.queries.AHEAD
 
 
 def test_few_keys_do_not_pay_for_sums() -> None:

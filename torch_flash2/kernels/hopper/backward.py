@@ -33,8 +33,9 @@ class Config(NamedTuple):
     """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
     keys, whether S of the next tile is issued before dS of this one, whether dQ's products have a warpgroup of their
-    own, whether keys and values stay in registers, of how many tasks they are on the chip: 2 where programs claim
-    tasks, one after the other, and whether atomic additions to a row of dQ have one order."""
+    own; how many times 64 columns of keys and of values (for dQ of output gradients) stay in registers too; of how many
+    tasks keys and values are on the chip: 2 where programs claim tasks, one after the other; and whether atomic
+    additions to a row of dQ have one order. For dQ, `AHEAD` is S of the next tile too."""
 
     GROUPS: int
     BLOCK: int
@@ -45,7 +46,8 @@ class Config(NamedTuple):
     SHARED: bool = False
     AHEAD: bool = False
     APART: bool = False
-    KEPT: bool = False
+    KEPT: int = 0
+    KEPT_V: int = 0
     TASKS: int = 1
     ORDERED: bool = False
 
@@ -87,6 +89,10 @@ def config(problem: Problem) -> BackwardConfig:
         if problem.head_dim <= row["head_dim"] and problem.head_dim_v <= row["head_dim_v"]
     )
     keys, queries = Config(**row["keys"]), Config(**row["queries"])
+    if (problem.steps or problem.dropout) and "stepped" in row:
+        # They and dropout take the registers of operands kept there, and of longer tiles.
+        changes = row["stepped"]
+        keys, queries = keys._replace(**changes["keys"]), queries._replace(**changes["queries"])
     if row["fused"] is None:
         return BackwardConfig(keys, queries)
     fused = Config(**row["fused"])
@@ -97,7 +103,7 @@ def config(problem: Problem) -> BackwardConfig:
         fused = fused._replace(AHEAD=False)
     if problem.steps or problem.dropout:
         # They take the registers of operands kept there, and of the next tile's products.
-        fused = fused._replace(KEPT=False, AHEAD=False)
+        fused = fused._replace(KEPT=0, KEPT_V=0, AHEAD=False)
     elif not _stops_early(problem):
         # Where tasks are short, what comes before and after one takes its share: it goes on beside another task.
         rows = problem.seqlen_q * problem.group
@@ -169,6 +175,7 @@ def _shape(problem: Problem, config: Config) -> BackwardShape:
         config.AHEAD,
         config.APART,
         config.KEPT,
+        config.KEPT_V,
         config.TASKS,
     )
 

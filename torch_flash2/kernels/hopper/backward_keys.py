@@ -3,8 +3,8 @@
 B segments, H query heads, G key/value heads, M query rows, N keys, D head dim of query and key, Dv head dim of value.
 All tiles of scores are transposed, [64 keys, BLOCK_M rows]: P^T and dS^T are then left operands in registers of dV +=
 P^T dO and dK += dS^T Q. Up to head dim 128 each warpgroup has 64 keys and both of their accumulators; beyond, two
-warpgroups share 64 keys: one makes P and dV, the other dS and dK, and P goes from one to the other through shared
-memory. Each element of dK and dV is summed in one order: they are bit-equal from run to run.
+warpgroups share 64 keys (backward_shared.py). Each element of dK and dV is summed in one order: they are bit-equal from
+run to run.
 """
 
 from triton.experimental import gluon
@@ -35,8 +35,7 @@ from .backward_pipeline import (
     freed,
     get_key_task,
     integers,
-    left_operand,
-    outer,
+    left_operands,
     read_key_task,
     resident_tiles,
     scored,
@@ -47,7 +46,8 @@ from .backward_pipeline import (
     vector_ring,
     view,
 )
-from .pipeline import Ring, landed, matrix, operand, ring_barriers, steps_of, zeros
+from .backward_shared import consume_scores, consume_values
+from .pipeline import Ring, landed, landed_beside, matrix, operand, ring_barriers, steps_of, zeros
 
 
 @gluon.jit
@@ -130,16 +130,6 @@ def _sum_task(first, slot, exchange, k, task, rule, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _landed_beside(x, acc, PENDING: gl.constexpr):
-    """An accumulator and a tuple of others once at most PENDING products are in flight."""
-    done = landed((x,) + acc, PENDING)
-    rest = ()
-    for c in gl.static_range(len(acc)):
-        rest = rest + (done[c + 1],)
-    return done[0], rest
-
-
-@gluon.jit
 def _await_next(j, then, streams, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Wait for the queries after the j-th tile of rows, if there are any: their buffer."""
     ahead = (j + 1) % SHAPE.STAGES
@@ -156,7 +146,7 @@ def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG
     """dK and dV with the j-th tile of rows, the one from row m0 of head h, and dQ's part where it is summed here; the
     keys are in the home-th buffer, the task's first tile was the first-th: `at` is (j, h, m0, first, home). Also what
     comes next, as Turn. With `AHEAD` `following` are the tile's products with the keys, and those of the next tile come
-    back; `kept` are keys and values in registers, or None."""
+    back; `kept` are keys and values in registers."""
     j, h, m0, first, home = at
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
@@ -237,7 +227,7 @@ def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG
         mbarrier.arrive(exchange.filled.index(j % 2))
     dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
     if SHARED_SUMS:
-        dq, dv = _landed_beside(dq, dv, CHUNKS_D)
+        dq, dv = landed_beside(dq, dv, CHUNKS_D)
         add_tile(_sums_tile(h, m0 // BLOCK_M, task, rule, SHAPE) + WG * (BLOCK_M * COLS), dq, BLOCK_M, COLS)
         if SHAPE.AHEAD:
             # S of the next tile behind dK: where dQ was there are registers for it now.
@@ -247,7 +237,7 @@ def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG
         dv = landed(dv, BEHIND)
     mbarrier.arrive(do.free.index(slot_v))
     if SHAPE.AHEAD:
-        following, dk = _landed_beside(following, dk, 0)
+        following, dk = landed_beside(following, dk, 0)
     else:
         dk = landed(dk, 0)
     mbarrier.arrive(q.free.index(slot))
@@ -299,9 +289,9 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
     some = task.count > 0
     stop = first + task.count * rule.sizes.group
     mine = home * SHAPE.GROUPS + WG
-    kept = (None, None)
-    if SHAPE.KEPT:
-        kept = (left_operand(k, mine, BLOCK_M, WIDTH_D), left_operand(v, mine, BLOCK_M, WIDTH_V))
+    kept_k = left_operands(k.data, mine * CHUNKS_D, BLOCK_M, WIDTH_D, SHAPE.KEPT)
+    kept_v = left_operands(v.data, mine * CHUNKS_V, BLOCK_M, WIDTH_V, SHAPE.KEPT_V)
+    kept = (kept_k, kept_v)
     s = task.start * 0
     if SHAPE.AHEAD:
         slot = first % SHAPE.STAGES
@@ -339,120 +329,6 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
             meet(128 * SHAPE.GROUPS)
     store_gradient(dk_to, dk, rule.scoring.scale, k.data, mine * CHUNKS_D, row, task.stored, task.used_k, task.batch_k,
                    task.h, task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
-    compat.store_wait(0)
-
-
-@gluon.jit
-def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps, below 0 where dropped."""
-    task = get_key_task(fixed.tasks, 0, 1, 4)
-    BLOCK_M: gl.constexpr = SHAPE.BLOCK
-    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
-    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    ROWS: gl.constexpr = gl.SliceLayout(0, S)
-    q, do, lse2s, deltas, exchange = streams
-    k, v, tasks = fixed
-    DTYPE: gl.constexpr = q.data.dtype
-    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
-    n = task.n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    dv = zeros(WIDTH_V, CHUNKS_V)
-    h = task.h * rule.sizes.group
-    steps = steps_of(h, task, rule, STEPS)
-    draw = dropping.begin_keys(task, rule, 0)
-    i = task.count * 0
-    mbarrier.wait(k.filled.index(0), 0)
-    for j in range(task.count * rule.sizes.group):
-        slot = j % SHAPE.STAGES
-        slot_v = j % SHAPE.STAGES_V
-        m0 = task.start + i * BLOCK_M
-        m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
-        now = steps
-        if SHAPE.GROUPED:
-            now = steps_of(h, task, rule, STEPS)
-        filled(q, j, SHAPE.STAGES)
-        if LENGTHS:
-            clean_rows(j, m0, streams, task, rule, 0, SHAPE)
-        s = outer(k.data, gl.minimum(m0, 0), q.data, slot * CHUNKS_D, BLOCK_M, WIDTH_D, CHUNKS_D)
-        lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
-        freed(handed, j, 2)
-        # dV of the tile before is still in flight beside these products.
-        s = warpgroup_mma_wait(0, (s,))
-        mbarrier.arrive(q.free.index(slot))
-        s, slope = scored(s, m[None, :], n[:, None], task.shift, now, rule.scoring, STEPS)
-        p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
-        if (m0 < task.full_start) | (m0 >= task.full_stop):
-            p = gl.where(seen_by_keys(tasks, 0, m, 0, S), p, 0.0)
-        weight = p * slope
-        if len(draw) > 0:
-            bits = dropping.kept_keys(draw, h, m0, BLOCK_M)
-            p = dropping.drop_keys(p, bits)
-            weight = dropping.drop_keys(weight, bits) * 2.0 - weight
-        handed.data.index(j % 2).store(weight.to(DTYPE))
-        mbarrier.arrive(handed.filled.index(j % 2))
-        filled(do, j, SHAPE.STAGES_V)
-        dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
-        dv = landed(dv, 0)
-        mbarrier.arrive(do.free.index(slot_v))
-        h, i = advance(h, i, task, SHAPE)
-    # The gradient leaves through the tiles of V, which the other warpgroup reads.
-    meet(256)
-    store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, 0, task.n0, task.stored, task.used_k, task.batch_k,
-                   task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
-    compat.store_wait(0)
-
-
-@gluon.jit
-def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """The warpgroup of dS and dK, 64 keys, which is handed P."""
-    task = get_key_task(fixed.tasks, 0, 1, 4)
-    BLOCK_M: gl.constexpr = SHAPE.BLOCK
-    CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
-    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    ROWS: gl.constexpr = gl.SliceLayout(0, S)
-    q, do, lse2s, deltas, exchange = streams
-    k, v, tasks = fixed
-    DTYPE: gl.constexpr = q.data.dtype
-    LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
-    dk = zeros(WIDTH_D, CHUNKS_D)
-    i = task.count * 0
-    mbarrier.wait(v.filled.index(0), 0)
-    for j in range(task.count * rule.sizes.group):
-        slot = j % SHAPE.STAGES
-        slot_v = j % SHAPE.STAGES_V
-        m0 = task.start + i * BLOCK_M
-        m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
-        filled(do, j, SHAPE.STAGES_V)
-        if LENGTHS:
-            filled(q, j, SHAPE.STAGES)
-            clean_rows(j, m0, streams, task, rule, 1, SHAPE)
-        dp = outer(v.data, gl.minimum(m0, 0), do.data, slot_v * CHUNKS_V, BLOCK_M, WIDTH_V, CHUNKS_V)
-        delta = vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)
-        filled(handed, j, 2)
-        dp = warpgroup_mma_wait(0, (dp,))
-        mbarrier.arrive(do.free.index(slot_v))
-        p = handed.data.index(j % 2).load(S).to(gl.float32)
-        mbarrier.arrive(handed.free.index(j % 2))
-        if rule.operands.seed is not None:
-            dp = gl.where(p < 0.0, 0.0, dp * rule.scoring.inverse_keep)
-            p = gl.abs(p)
-        ds = p * (dp - delta[None, :])
-        if (m0 < task.full_start) | (m0 >= task.full_stop):
-            # A masked value may be NaN, and 0 * NaN is NaN.
-            ds = gl.where(seen_by_keys(tasks, 0, m, 0, S), ds, 0.0)
-        filled(q, j, SHAPE.STAGES)
-        dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
-        dk = landed(dk, 0)
-        mbarrier.arrive(q.free.index(slot))
-        _, i = advance(i, i, task, SHAPE)
-    meet(256)
-    store_gradient(dk_to, dk, rule.scoring.scale, k.data, 0, task.n0, task.stored, task.used_k, task.batch_k, task.h,
-                   task.start_k, rule.spans.cu_k, WIDTH_D)  # fmt: skip
     compat.store_wait(0)
 
 
@@ -509,8 +385,8 @@ def backward_keys(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (_consume_values, (dv_to, streams, fixed, handed, rule, SHAPE, STEPS)),
-                (_consume_scores, (dk_to, streams, fixed, handed, rule, SHAPE, STEPS)),
+                (consume_values, (dv_to, streams, fixed, handed, rule, SHAPE, STEPS)),
+                (consume_scores, (dk_to, streams, fixed, handed, rule, SHAPE, STEPS)),
                 (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
             ],
             [4, 1],

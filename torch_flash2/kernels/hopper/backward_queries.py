@@ -24,13 +24,14 @@ from .backward_pipeline import (
     accumulate,
     filled,
     freed,
-    outer,
+    left_operands,
     resident_tiles,
     scored,
+    scores_of,
     store_gradient,
     tile_ring,
 )
-from .pipeline import landed, load_tiles, operand, query_task, tasks_of, zeros
+from .pipeline import landed, landed_beside, load_tiles, operand, query_task, tasks_of, zeros
 
 
 @gluon.jit
@@ -128,23 +129,35 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
     mbarrier.wait(q.filled.index(0), 0)
     mbarrier.wait(do.filled.index(0), 0, pred=some)
     mbarrier.wait(k.filled.index(0), 0, pred=some)
+    kept = left_operands(do.data, WG * CHUNKS_V, BLOCK_N, WIDTH_V, SHAPE.KEPT_V)
+    s = gl.zeros([64, BLOCK_N], gl.float32, S)
+    if SHAPE.AHEAD:
+        s = warpgroup_mma_wait(0, (scores_of((), q, WG * CHUNKS_D, k, 0, BLOCK_N, WIDTH_D, CHUNKS_D),))
     for j in range(task.count):
         slot = j % SHAPE.STAGES
         slot_v = j % SHAPE.STAGES_V
+        following = j + 1
+        ahead = following % SHAPE.STAGES
         n0 = task.top - j * BLOCK_N
         # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
         again = gl.minimum(n0, 0)
-        s = outer(q.data, WG * CHUNKS_D + again, k.data, slot * CHUNKS_D, BLOCK_N, WIDTH_D, CHUNKS_D)
+        if not SHAPE.AHEAD:
+            s = scores_of((), q, WG * CHUNKS_D + again, k, slot, BLOCK_N, WIDTH_D, CHUNKS_D)
         filled(v, j, SHAPE.STAGES_V)
-        dp = outer(do.data, WG * CHUNKS_V + again, v.data, slot_v * CHUNKS_V, BLOCK_N, WIDTH_V, CHUNKS_V)
-        s = warpgroup_mma_wait(CHUNKS_V, (s,))
+        dp = scores_of(kept, do, WG * CHUNKS_V + again, v, slot_v, BLOCK_N, WIDTH_V, CHUNKS_V)
+        if not SHAPE.AHEAD:
+            s = warpgroup_mma_wait(CHUNKS_V, (s,))
         n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
         shift = task.used_k - task.used_q if SHAPE.BOTTOM_RIGHT else task.used_k * 0
-        s, slope = scored(s, m[:, None], n[None, :], shift, steps, rule.scoring, STEPS)
-        p = gl.exp2(s * rule.scoring.scale2 - lse2[:, None]) * slope
+        x, slope = scored(s, m[:, None], n[None, :], shift, steps, rule.scoring, STEPS)
+        p = gl.exp2(x * rule.scoring.scale2 - lse2[:, None]) * slope
+        if SHAPE.AHEAD:
+            # S of the next tile, beside the arithmetic of dS.
+            mbarrier.wait(k.filled.index(ahead), (following // SHAPE.STAGES) & 1, pred=following < task.count)
+            s = scores_of((), q, WG * CHUNKS_D + again, k, ahead, BLOCK_N, WIDTH_D, CHUNKS_D)
         # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
         filled(v, j, SHAPE.STAGES_V)
-        dp = warpgroup_mma_wait(0, (dp,))
+        dp = warpgroup_mma_wait(CHUNKS_D if SHAPE.AHEAD else 0, (dp,))
         mbarrier.arrive(v.free.index(slot_v))
         if rule.operands.seed is not None:
             dp = dropping.drop(dp, dropping.kept(draw, n0, BLOCK_N)) * rule.scoring.inverse_keep
@@ -153,11 +166,11 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
             # A masked key or value may be NaN, and 0 * NaN is NaN.
             ds = gl.where(_visible(m, n, task, rule, SHAPE, STEPS), ds, 0.0)
         dq = accumulate(operand(ds, WIDTH_D, DTYPE), k.data, slot * CHUNKS_D, dq, BLOCK_N, WIDTH_D, CHUNKS_D)
-        following = j + 1
-        mbarrier.wait(
-            k.filled.index(following % SHAPE.STAGES), (following // SHAPE.STAGES) & 1, pred=following < task.count
-        )
-        dq = landed(dq, 0)
+        if SHAPE.AHEAD:
+            s, dq = landed_beside(s, dq, 0)
+        else:
+            mbarrier.wait(k.filled.index(ahead), (following // SHAPE.STAGES) & 1, pred=following < task.count)
+            dq = landed(dq, 0)
         mbarrier.arrive(k.free.index(slot))
     if rule.aside is not None:
         _note_nan(dq, _place(task, rule, 64 * SHAPE.GROUPS), rule.aside, WIDTH_D)

@@ -329,6 +329,16 @@ def landed(acc, PENDING: gl.constexpr):
 
 
 @gluon.jit
+def landed_beside(x, acc, PENDING: gl.constexpr):
+    """An accumulator and a tuple of others once at most PENDING products are in flight."""
+    done = landed((x,) + acc, PENDING)
+    rest = ()
+    for c in gl.static_range(len(acc)):
+        rest = rest + (done[c + 1],)
+    return done[0], rest
+
+
+@gluon.jit
 def operand(x, WIDTH: gl.constexpr, DTYPE: gl.constexpr):
     """A tile [64, rows] as the register operand of a product into WIDTH columns; this moves no data between threads."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
