@@ -162,24 +162,24 @@ def row_maxima(s, n0, place, steps, rule, SHAPE: gl.constexpr, STEPS: gl.constex
 
 
 @gluon.jit
-def softmax(s, n0, place, steps, base, sums, decay, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+def softmax(s, n0, place, steps, base, sums, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """P of a tile of scores; the rows' bases (log2 units), their sums, and the factors of what came before, each
-    [64, 4]; `decay` is those of the tile before.
+    [64, 4].
 
     A row's base stays while its weights are small enough: most tiles need no maximum.
     """
     zero = gl.full([64, s.shape[1]], 0.0, gl.float32, s.type.layout)
     factor = zero + _factor(rule, SHAPE, STEPS)
     bases = spread(base, s)
-    decays = spread(decay, s)
+    limit = zero + SHAPE.LIMIT
     if SHAPE.TILTED:
         slope = _slope(steps, rule, STEPS)
         offsets = _offsets(s, n0, place, slope, SHAPE)
-        p, tile_sums, bases = lanes.softmax_tilted(s, bases, decays, factor, zero + slope, offsets)
+        p, tile_sums, bases = lanes.softmax_tilted(s, bases, limit, factor, zero + slope, offsets)
     elif SHAPE.GROUPS == 3:
         p, tile_sums, bases = lanes.softmax_in_place(s, bases, factor)
     else:
-        p, tile_sums, bases = lanes.softmax(s, bases, decays, factor)
+        p, tile_sums, bases = lanes.softmax(s, bases, limit, factor)
     new_base = _most(bases)
     decay = gl.exp2(base - new_base)
     return p, new_base, sums * decay + _most(tile_sums), decay

@@ -6,28 +6,46 @@ Called from lanes.py with all N scores [N] that a thread holds, in MMA order: th
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# Beyond this, weights over an old base have too few bits left of their scores.
+_FAR = gl.constexpr(2.0**64)
+
 
 @gluon.jit
-def soften(s, first, second, moved, scale2, slope, offsets):
-    """Weights exp2(s * scale2 - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and `second`,
-    or the rows' maxima where a warp has a sum that is large.
+def soften(s, first, second, limit, scale2, slope, offsets):
+    """Weights exp2(s * scale2 - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and `second`
+    until a warp has a sum over `limit`. Bases then go up to the sums, which need no maxima, and weights are divided; or
+    where that is far, bases go up to the rows' maxima, and scores are weighed again.
 
-    `moved` is below 1 where the last tile's maxima became bases: scores that grew may grow again, and a warp then takes
-    maxima before it weighs, lest it weigh twice. Where there is a slope, scores have less offsets[i & 1] and slope more
-    for each column past the first eight: a thread's columns are two of every eight.
+    Where there is a slope, scores have less offsets[i & 1] and slope more for each column past the first eight: a
+    thread's columns are two of every eight.
     """
-    p, sums = s, (first, second)
-    over = _exceeds(1.0 - moved, 0.0)
-    if over == 0:
-        p, sums = _weigh(s, first, second, scale2, slope, offsets)
-        over = _exceeds(gl.maximum(sums[0], sums[1]), 4096.0)
-    if over != 0:
-        most = _scaled_maxima(s, scale2, slope, offsets)
-        # Less than a sum of that size needs, so that what made the sum large moves the bases.
-        if _exceeds(gl.maximum(most[0] - first, most[1] - second), 4.0) != 0:
-            first = gl.maximum(first, _quad_max(most[0]))
-            second = gl.maximum(second, _quad_max(most[1]))
-        p, sums = _weigh(s, first, second, scale2, slope, offsets)
+    COUNT: gl.constexpr = len(s)
+    p, sums = _weigh(s, first, second, scale2, slope, offsets)
+    largest = gl.maximum(sums[0], sums[1])
+    if _exceeds(largest, limit) != 0:
+        old = (first, second)
+        if _exceeds(largest, _FAR) != 0:
+            if slope is None:
+                most = _maxima(s)
+                most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
+            else:
+                scaled = ()
+                for i in gl.static_range(COUNT):
+                    scaled = scaled + (gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -offsets[i % 2])),)
+                most = _maxima(scaled)
+                most = (_quad_max(most[0]), _quad_max(most[1]))
+            first = gl.maximum(first, most[0])
+            second = gl.maximum(second, most[1])
+            p, sums = _weigh(s, first, second, scale2, slope, offsets)
+        else:
+            first += gl.maximum(gl.log2(_quad_max(sums[0])), 0.0)
+            second += gl.maximum(gl.log2(_quad_max(sums[1])), 0.0)
+            down = (gl.exp2(old[0] - first), gl.exp2(old[1] - second))
+            divided = ()
+            for i in gl.static_range(COUNT):
+                divided = divided + (p[i] * down[i // 2 % 2],)
+            p = divided
+            sums = (sums[0] * down[0], sums[1] * down[1])
     return p, sums, (first, second)
 
 
@@ -52,20 +70,6 @@ def _maxima(s):
         a = gl.maximum(a, gl.maximum(s[i], s[i + 1]))
         b = gl.maximum(b, gl.maximum(s[i + 2], s[i + 3]))
     return a, b
-
-
-@gluon.jit
-def _scaled_maxima(s, scale2, slope, offsets):
-    """The same [2] in log2 units, with what `soften` says of a slope."""
-    COUNT: gl.constexpr = len(s)
-    if slope is None:
-        most = _maxima(s)
-        return most[0] * scale2, most[1] * scale2
-    else:
-        scaled = ()
-        for i in gl.static_range(COUNT):
-            scaled = scaled + (gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -offsets[i % 2])),)
-        return _maxima(scaled)
 
 
 @gluon.jit
