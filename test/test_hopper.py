@@ -436,7 +436,7 @@ def _norms(x: torch.Tensor, part: int) -> torch.Tensor:
     return torch.stack([rows.amax(-1) for rows in norms.split(part, -1)], -1)
 
 
-HEADS = ((4, 2500), (2, 3000), (2, 3000))
+HEADS = ((4, 4100), (2, 4500), (2, 4500))
 SLOPES = (0.5, 0.25, 0.05, 0.0)
 
 
@@ -474,15 +474,15 @@ def test_keys_out_of_reach_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.zeros(1 << 12, device="cuda")
 
     monkeypatch.setattr(reach, "norms", claimed)
-    q, k, v = (torch.randn(1, 4, 2304, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(1, 4, 4608, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     k[:, :, 0] = torch.nan
     with torch_flash2.force("hopper"):
         out = torch_flash2.attention(q, k, v, "causal", alibi_slopes=torch.tensor(SLOPES, device="cuda"))
     for h, slope in enumerate(SLOPES):
         # The tile that holds the reach of the first of 128 rows is visited whole.
-        far = 1 + 104 / slope + 3 * 128 if slope else 2304
+        far = 1 + 104 / slope + 3 * 128 if slope else 4608
         rows = out[0, h].isnan().all(-1)
-        assert rows[:100].all() and not rows[int(min(far, 2304)) :].any()
+        assert rows[:100].all() and not rows[int(min(far, 4608)) :].any()
         assert slope or rows.all()
 
 

@@ -7,28 +7,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..bundles import Rows
-from ..device import tiles
 from .pipeline import TASKS, Far, Task, free_task, get_task, load_tiles, put_task, query_task, ring_at, tasks_of
 
 
 @gluon.jit
-def _fetch(q, task, BLOCK_M: gl.constexpr):
-    """Let a task's queries come to L2 (one warp)."""
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    rows = Rows(q, task.batch_q, task.h, task.start_q)
-    start = tiles.base_of(rows, 0)
-    for r in range(0, BLOCK_M, 32):
-        row = gl.minimum(task.row + r + lane, task.stored - 1)
-        at = (start + row.to(gl.int64) * q.row).to(gl.uint64, bitcast=True)
-        gl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, $2;", "=r,l,r", [at, lane * 0 + q.cols * 2],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
-def schedule(inputs, buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The scheduler warp: claim tasks when the producer asks, and hand them on. It is not the producer itself, because
     what a task is takes about as long to work out as a tile of keys."""
     BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
@@ -45,8 +28,6 @@ def schedule(inputs, buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: 
             SHAPE.SPARES, far,
         )  # fmt: skip
         if task.count > 0:
-            if SHAPE.Q_STAGES == 1:
-                _fetch(inputs.plain.q, task, BLOCK_M)
             put_task(buffers.tasks, done, task)
             # After a long task the next one waits until this one nears its end; short ones follow one another faster
             # than tasks are worked out, so they are claimed one or two ahead.

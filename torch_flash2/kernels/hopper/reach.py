@@ -62,7 +62,7 @@ def note_norms(
 
 def pays(problem: Problem, tilted: bool) -> bool:
     """Whether a call notes norms: ALiBi is its only score step, under a causal mask, and keys are many."""
-    return tilted and len(problem.steps) == 1 and problem.seqlen_k >= 2048
+    return tilted and len(problem.steps) == 1 and problem.seqlen_k >= 4096
 
 
 def norms(problem: Problem, call: Call) -> torch.Tensor:

@@ -6,8 +6,8 @@ Called from lanes.py with all N scores [N] that a thread holds, in MMA order: th
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Beyond this, weights over an old base have too few bits left of their scores.
-_FAR = gl.constexpr(2.0**64)
+# Sums beyond this may be of weights that fp32 cannot hold.
+_FAR = gl.constexpr(2.0**100)
 
 
 @gluon.jit
@@ -41,10 +41,7 @@ def soften(s, first, second, limit, scale2, slope, offsets):
             first += gl.maximum(gl.log2(_quad_max(sums[0])), 0.0)
             second += gl.maximum(gl.log2(_quad_max(sums[1])), 0.0)
             down = (gl.exp2(old[0] - first), gl.exp2(old[1] - second))
-            divided = ()
-            for i in gl.static_range(COUNT):
-                divided = divided + (p[i] * down[i // 2 % 2],)
-            p = divided
+            p = _divide(p, down)
             sums = (sums[0] * down[0], sums[1] * down[1])
     return p, sums, (first, second)
 
@@ -90,6 +87,19 @@ def _weigh(s, first, second, scale2, slope, offsets):
     for i in gl.static_range(1, COUNT // 4):
         sums = (sums[0] + p[4 * i], sums[1] + p[4 * i + 1], sums[2] + p[4 * i + 2], sums[3] + p[4 * i + 3])
     return p, (sums[0] + sums[1], sums[2] + sums[3])
+
+
+@gluon.jit
+def _divide(p, down):
+    """Weights times the factors [2] of their rows. With `*` LLVM makes one vector of all, and a loop with head dim 64
+    takes it apart again for every tile (32 instructions of 390)."""
+    COUNT: gl.constexpr = len(p)
+    ASM: gl.constexpr = "mul.f32 $0, $1, $2;"
+    divided = ()
+    for i in gl.static_range(COUNT):
+        x = gl.inline_asm_elementwise(ASM, "=f,f,f", [p[i], down[i // 2 % 2]], dtype=gl.float32, is_pure=True, pack=1)
+        divided = divided + (x,)
+    return divided
 
 
 # Triton takes only "pure" code inside map_elementwise; what depends on it keeps it in its place.
