@@ -30,6 +30,8 @@ from torch_flash2.oracle import Inputs
 from . import data
 from .suites import Shape, span
 
+# Libraries that are installed apart, and what must be importable.
+PEERS = {"fa3": "flash_attn_3._C", "fa3fwd": "fa3_fwd_interface", "fa4": "flash_attn.cute.interface"}
 SDPA = {
     "fa2": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -59,7 +61,7 @@ def label(name: str) -> str:
         ValueError: nothing has that name.
     """
     family = name.partition(":")[0]
-    known = ("torch_flash2", "sdpa", *SDPA, "flex", "fa3", "fa4")
+    known = ("torch_flash2", "sdpa", *SDPA, "flex", *PEERS)
     if family not in known or (family != name and family != "torch_flash2"):
         raise ValueError(f"no provider is called {name!r}; known are {', '.join(known)}")
     arch = os.environ.get("TRITON_OVERRIDE_ARCH")
@@ -88,7 +90,7 @@ def make(name: str, shape: Shape, inputs: Inputs) -> Provider:
     else:
         if inputs.query.device.type != "cuda":
             raise RefusedError("measured on CUDA only")
-        call = {"flex": _flex, "fa3": _fa3, "fa4": _fa4}[name](shape, inputs)
+        call = {"flex": _flex, "fa3": _fa3, "fa3fwd": _fa3_forward, "fa4": _fa4}[name](shape, inputs)
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
@@ -241,7 +243,7 @@ def _flex(shape: Shape, inputs: Inputs) -> Call:
 
 
 def load_peer(name: str) -> None:
-    """Make "fa3" or "fa4" importable.
+    """Make one of PEERS importable.
 
     Raises:
         RefusedError: it is not there.
@@ -249,9 +251,9 @@ def load_peer(name: str) -> None:
     if "PEERS_HOME" in os.environ:
         import peers  # type: ignore[import-not-found]
 
-        peers.load(name)
+        peers.load({"fa3fwd": "fa3fp8"}.get(name, name))
         return
-    module = {"fa3": "flash_attn_3._C", "fa4": "flash_attn.cute.interface"}[name]
+    module = PEERS[name]
     try:
         importlib.import_module(module)
     except ImportError as error:
@@ -322,6 +324,24 @@ def _fa3(shape: Shape, inputs: Inputs) -> Call:
     def call(inputs: Inputs) -> torch.Tensor:
         tensors = [_rows_first(shape, t) for t in (inputs.query, inputs.key, inputs.value)]
         return _heads_first(shape, _FA3.apply(*tensors, options))
+
+    return call
+
+
+def _fa3_forward(shape: Shape, inputs: Inputs) -> Call:
+    causal, left, right = _peer_window(shape, "sinks", "lengths")
+    if shape.direction == "backward":
+        raise RefusedError("this build of FlashAttention-3 has forwards alone")
+    load_peer("fa3fwd")
+    from fa3_fwd_interface import flash_attn_func  # type: ignore[import-not-found]
+
+    options: dict[str, Any] = dict(causal=causal, softmax_scale=inputs.scale, softcap=inputs.softcap or 0.0)
+    if not causal:
+        options["window_size"] = (-1 if left is None else left, -1 if right is None else right)
+
+    def call(inputs: Inputs) -> torch.Tensor:
+        out = flash_attn_func(*(_rows_first(shape, t) for t in (inputs.query, inputs.key, inputs.value)), **options)
+        return _heads_first(shape, out[0] if isinstance(out, tuple) else out)
 
     return call
 

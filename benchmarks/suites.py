@@ -148,7 +148,7 @@ def _features(direction: str) -> list[Group]:
             ],
         ),
         (
-            "flex fa3",
+            "flex fa3 fa3fwd",
             [
                 shape("causal-8k-d256", gemma, "causal"),
                 shape("softcap-8k-d256", gemma, "causal", "causal-8k-d256", softcap=50.0),
@@ -157,7 +157,7 @@ def _features(direction: str) -> list[Group]:
             ],
         ),
         (
-            "flex fa3",
+            "flex fa3 fa3fwd",
             [
                 shape("causal-8k-d128", llama, "causal"),
                 shape("softcap-8k-d128", llama, "causal", "causal-8k-d128", softcap=50.0),
@@ -193,7 +193,7 @@ def _features(direction: str) -> list[Group]:
 
 def _models() -> list[Group]:
     """Attention of well-known models: at full length beside the fastest peers, then as the tests have it."""
-    peers = ("fa3", "fa4", "cudnn", "flex")
+    peers = ("fa3", "fa3fwd", "fa4", "cudnn", "flex")
     window: dict[str, Any] = dict(mask="causal & window(4096, 0)")
     packed: dict[str, Any] = dict(mask="causal", batch=8, lengths="packed", documents=(1 / 8,) * 8)
     llama, deepseek = (1, 32, 8, 8192, 128), (1, 128, 128, 4096, 192)

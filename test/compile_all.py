@@ -28,7 +28,7 @@ import machine_code  # noqa: E402
 from torch_flash2 import dispatch, hardware, problem, settings  # noqa: E402
 from torch_flash2.testing import DTYPES, Case  # noqa: E402
 
-KERNELS = ("triton", "hopper", "hopper-atomics")
+KERNELS = ("triton", "hopper", "hopper-atomics", "hopper-ordered")
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 BUCKETS = (64, 128, 256, 512)
 DIRECTIONS = ("forward", "backward")
@@ -36,8 +36,10 @@ DIRECTIONS = ("forward", "backward")
 TENSOR_MEMORY = 512
 _PACKED: dict[str, Any] = dict(lengths="packed_used", documents=(1.0, 0.5))
 # Hopper's kernels beside the portable ones: their head dims, and what they take of the mixes below, with more of each.
+# Hopper's backwards of their own, and the widest head dim of each.
+WIDEST_BACKWARD = {"hopper-atomics": 128, "hopper-ordered": 64}
 HOPPER_DIMS = (64, 96, 128, 192, 256)
-HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents")
+HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents", "dropout")
 PORTABLE_MIXES = ("plain", "strided", "scores", "bias", "packed", "all")
 # Features that change what a kernel keeps on the chip; "odd" strides take the path without TMA.
 MIXES: dict[str, dict[str, Any]] = {
@@ -49,6 +51,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "full": dict(),
     "left": dict(mask="window(100, 3) @ bottom-right", sinks=True),
     "softcap": dict(mask="causal", softcap=30.0),
+    "dropout": dict(mask="window(100, 3)", softcap=30.0, alibi=1, dropout_p=0.1),
     "documents": dict(mask="causal @ bottom-right", layout="bshd", **_PACKED),
     "all": dict(
         mask="causal & chunk(64) @ bottom-right", dense="BMN", bias="BHMN", bias_dtype="fp32",
@@ -82,7 +85,10 @@ def matrix() -> Iterator[Job]:
     yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, PORTABLE_MIXES, DIRECTIONS))
     jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, KERNELS[1:])
     for job in itertools.starmap(Job, jobs):
-        if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= 128):
+        if job.kernel in WIDEST_BACKWARD:
+            if job.direction == "backward" and job.head_dim <= WIDEST_BACKWARD[job.kernel]:
+                yield job
+        else:
             yield job
 
 
@@ -135,9 +141,13 @@ def run_job(job: Job) -> list[Outcome]:
     segments = len(mix.get("documents", "12"))
     wide = 128 if job.head_dim == 192 and job.kernel != "triton" else job.head_dim
     case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, wide, job.dtype, **mix)
-    name, *atomics = job.kernel.split("-")
-    backward = name == "hopper" and job.direction == "backward"
-    force = dispatch.encode_force(name, {"atomics": bool(atomics)} if backward else None)
+    name, *sums = job.kernel.split("-")
+    config: dict[str, Any] | None = None
+    if name == "hopper" and job.direction == "backward":
+        config = {"atomics": bool(sums)}
+        if sums == ["ordered"]:
+            config["fused"] = {"ORDERED": True, "TASKS": 2}
+    force = dispatch.encode_force(name, config)
     try:
         found, kernels = compile_case(case, job.direction, job.arch, force)
     except dispatch.UnsupportedError as error:

@@ -31,6 +31,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "alibi": dict(mask="causal", alibi=1),
     "softcap": dict(softcap=30.0),
     "packed": dict(mask="causal @ bottom-right", lengths="packed_used", documents=(1.0, 0.5), layout="bshd"),
+    "dropout": dict(mask="causal", dropout_p=0.1),
 }
 WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
 # ptxas parks some words that it uses once in a loop (up to 9 were seen); accumulators that spill make dozens.
@@ -121,6 +122,8 @@ def count(loop: list[str], name: str) -> int:
         ((128, 128), "alibi", 8192),
         ((128, 128), "softcap", 8192),
         ((128, 128), "packed", 4096),
+        ((64, 64), "dropout", 4096),
+        ((128, 128), "dropout", 4096),
     ],
 )  # fmt: skip
 def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
@@ -149,7 +152,9 @@ def forward_config(case: Case) -> Any:
 
 
 def kernel_config(width: tuple[int, int], feature: str, seqlen: int) -> Any:
-    changes = {name: FEATURES[feature][name] for name in ("mask", "softcap", "alibi") if name in FEATURES[feature]}
+    changes = {
+        name: FEATURES[feature][name] for name in ("mask", "softcap", "alibi", "dropout_p") if name in FEATURES[feature]
+    }
     case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
     return forward_config(case)
 
@@ -185,7 +190,7 @@ def test_configs_are_candidates() -> None:
 
     for row in calls.table("configs.json"):
         N, mask = max(row["seqlen_k"], 128), "causal" if row["masked"] else "full"
-        changes: dict[str, Any] = dict(alibi=1) if row["step"] else {}
+        changes = {None: {}, "alibi": dict(alibi=1), "dropout": dict(dropout_p=0.1)}[row["step"]]
         case = Case("x", 1, 4, 2, N, N, row["head_dim"], row["head_dim_v"], "bf16", mask=mask, **changes)
         posed, _ = compile_all.posed(case, "forward", "sm90")
         found = list(forward.candidates(posed))
@@ -276,6 +281,18 @@ CASES = [
          documents=(0.2, 0.0, 0.5, 0.05, 1.0), tail=40),
     Case("packed-window", 4, 4, 2, 500, 500, 256, 256, "fp16", "window(50, 0)", lengths="packed", softcap=30.0,
          documents=(1.0, 0.4, 0.0, 0.6)),
+    Case("dropout", 4, 8, 4, 300, 333, 64, 64, "bf16", "causal", dropout_p=0.2),
+    Case("dropout-long", 2, 8, 8, 1000, 1500, 128, 128, "fp16", dropout_p=0.5),
+    Case("dropout-window", 4, 8, 8, 300, 500, 256, 256, "bf16", "window(100, 20) @ bottom-right", sinks=True,
+         dropout_p=0.1),
+    Case("dropout-scores", 2, 8, 1, 513, 513, 64, 64, "bf16", "causal & chunk(100)", softcap=20.0, sinks=True, alibi=2,
+         dropout_p=0.3),
+    Case("dropout-alibi", 4, 8, 2, 500, 700, 128, 128, "bf16", "causal @ bottom-right", alibi=1, dropout_p=0.2),
+    Case("dropout-odd-dims", 4, 8, 4, 500, 300, 72, 40, "fp16", "prefix(170)", dropout_p=0.9),
+    Case("dropout-used", 3, 8, 2, 300, 400, 128, 128, "bf16", "causal @ bottom-right", lengths="padded",
+         documents=(1.0, 0.0, 0.1), dropout_p=0.2),
+    Case("dropout-deepseek-packed", 5, 4, 2, 600, 600, 192, 128, "fp16", "causal", lengths="packed",
+         documents=(0.2, 0.0, 0.5, 0.05, 1.0), tail=40, dropout_p=0.2),
 ]  # fmt: skip
 
 
@@ -287,6 +304,64 @@ def test_against_math(case: Case) -> None:
     plan = torch_flash2.explain(*inputs.arguments, **inputs.keywords)
     assert "runs on hopper" in str(plan)
     testing.check(case, device="cuda")
+
+
+# Compiled once each, whatever the numbers that are drawn for them.
+DROPOUTS: tuple[dict[str, Any], ...] = (
+    dict(head_dim=64, head_dim_v=64),
+    dict(head_dim=64, head_dim_v=64, mask="causal"),
+    dict(head_dim=96, head_dim_v=128, mask="causal @ bottom-right", dtype="fp16", sinks=True, scale=0.01),
+    dict(head_dim=128, head_dim_v=128, mask="window(90, 30)", lengths="packed"),
+    dict(head_dim=192, head_dim_v=128, mask="causal @ bottom-right", lengths="padded_k"),
+    dict(head_dim=256, head_dim_v=256, mask="causal & chunk(100)", softcap=20.0, layout="bshd"),
+)
+
+
+@pytest.mark.gpu
+@hopper
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    features=st.sampled_from(DROPOUTS), batch=st.integers(1, 4), heads_kv=st.integers(1, 3),
+    group=st.sampled_from((1, 4)), M=st.integers(1, 500), N=st.integers(1, 500),
+    shares=st.lists(st.floats(0, 1), min_size=4, max_size=4), seed=st.integers(0, 2**16),
+    dropout_p=st.sampled_from((1e-10, 0.1, 0.5, 0.999)),
+)  # fmt: skip
+def test_dropout_is_scores_keep(
+    features: dict[str, Any], batch: int, heads_kv: int, group: int, M: int, N: int, shares: list[float], seed: int,
+    dropout_p: float,
+) -> None:  # fmt: skip
+    """With ones and zeros as values, an output is a weight, 0 where it was dropped."""
+    documents = tuple(shares[:batch]) if "lengths" in features else ()
+    sizes = dict(batch=batch, heads=heads_kv * group, heads_kv=heads_kv, seqlen_q=M, seqlen_k=N, documents=documents)
+    inputs = Case("x", **sizes, **features, magnitude=0.1, dropout_p=dropout_p).inputs("cuda", seed)
+    width = inputs.value.shape[3]
+    inputs.key.nan_to_num_()
+    for first in range(0, inputs.value.shape[2], width):
+        shown = torch.arange(inputs.value.shape[2], device="cuda")[:, None] - first == torch.arange(
+            width, device="cuda"
+        )
+        inputs.value.copy_(shown.expand(inputs.value.shape))
+        found = []
+        for kernel in ("hopper", "reference"):
+            torch.manual_seed(seed + first)
+            with torch_flash2.force(kernel):
+                found.append(torch_flash2.attention(*inputs.arguments, **inputs.keywords).nan_to_num() != 0)
+        assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@hopper
+def test_dropout_where_nan_lies_behind_the_mask() -> None:
+    """The path that repairs such tiles drops the same weights."""
+    q, k, v = (torch.randn(2, 4, 300, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    outs = []
+    for hidden in (0.0, float("nan")):
+        v[:, :, 200:] = hidden
+        torch.manual_seed(0)
+        with torch_flash2.force("hopper"):
+            outs.append(torch_flash2.attention(q, k, v, "causal", dropout_p=0.5)[:, :, :200])
+    assert outs[1].isfinite().all()
+    torch.testing.assert_close(*outs, atol=2e-2, rtol=2e-2)
 
 
 # Three warpgroups take a tile's maxima before its weights; the table has them for many long rows alone.

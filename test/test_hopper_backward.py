@@ -6,13 +6,15 @@ import dataclasses
 from typing import Any
 
 import compile_all
+import hypothesis
 import machine_code
 import pytest
 import torch
-from test_hopper import CASES, FEATURES, FEW, WIDTHS, count, hopper, main_loops
+from hypothesis import strategies as st
+from test_hopper import CASES, FEATURES, FEW, WIDTHS, count, hopper, instructions, main_loops
 
 import torch_flash2
-from torch_flash2 import dispatch, testing
+from torch_flash2 import dispatch, masks, testing
 from torch_flash2.testing import Case
 
 pytest.importorskip("triton")
@@ -21,7 +23,9 @@ from torch_flash2.kernels.hopper import backward  # noqa: E402
 from torch_flash2.kernels.triton.statistics import launch_stats  # noqa: E402
 
 
-def compiled(width: tuple[int, int], feature: str, atomics: bool, seqlen: int = 4096) -> tuple[Any, dict[str, Any]]:
+def compiled(
+    width: tuple[int, int], feature: str, atomics: bool, seqlen: int = 4096, **fused: Any
+) -> tuple[Any, dict[str, Any]]:
     """The configuration and the Gluon kernels, by name, of a backward."""
     from torch_flash2.kernels.triton import offline
 
@@ -29,7 +33,8 @@ def compiled(width: tuple[int, int], feature: str, atomics: bool, seqlen: int = 
     segments = len(changes.get("documents", (1,)))
     case = Case("x", segments, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
     posed, call = compile_all.posed(case, "backward", "sm90")
-    plan = dispatch.select(posed, dispatch.encode_force("hopper", {"atomics": atomics}))
+    config = {"atomics": atomics, "fused": fused} if fused else {"atomics": atomics}
+    plan = dispatch.select(posed, dispatch.encode_force("hopper", config))
     kernels = offline.compile_call(plan.module, plan.problem, plan.config, call)
     for kernel in kernels:
         assert posed.hardware.shared_memory >= kernel.metadata.shared
@@ -55,6 +60,8 @@ def steps(head_dim: int, width: int) -> int:
         ((128, 128), "window", False),
         ((64, 64), "scores", False),
         ((128, 128), "packed", False),
+        ((64, 64), "dropout", False),
+        ((128, 128), "dropout", True),
     ],
 )  # fmt: skip
 def test_main_loops(width: tuple[int, int], feature: str, atomics: bool) -> None:
@@ -68,7 +75,7 @@ def test_main_loops(width: tuple[int, int], feature: str, atomics: bool) -> None
         assert len(loops) == chosen.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"
         _few_spills(loops)
     loops = _keys_loops(width, config.fused if atomics else config.keys, kernels["backward_keys"], atomics)
-    if atomics and feature != "scores":
+    if atomics and feature not in ("scores", "dropout"):
         _no_late_loads(loops, config.fused)
 
 
@@ -79,6 +86,19 @@ def test_main_loops_where_programs_claim_tasks(head_dim: int, seqlen: int) -> No
     assert config.fused.TASKS == 2
     loops = _keys_loops((head_dim, head_dim), config.fused, kernels["backward_keys"], True)
     _no_late_loads(loops, config.fused)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("feature", ["causal", "full"])
+def test_main_loops_of_ordered_additions(feature: str) -> None:
+    """Neither the warpgroups of dK and dV nor that of dQ wait for global memory; two warps beside them do."""
+    config, kernels = compiled((64, 64), feature, True, ORDERED=True, TASKS=2)
+    kernel = kernels["backward_keys"]
+    _no_late_loads(_keys_loops((64, 64), config.fused, kernel, True), config.fused)
+    (sums,) = main_loops(kernel, config.fused.GROUPS * 64 // 16, 0)
+    assert count(sums, "RED") == 8 and count(sums, "MEMBAR.ALL.GPU") == count(sums, "LDG") == 0
+    found, _ = instructions(kernel)
+    assert count(found, "LDG.E.STRONG.GPU") == 1 and count(found, "MEMBAR.ALL.GPU") > 0
 
 
 def _no_late_loads(loops: list[list[str]], chosen: Any) -> None:
@@ -126,14 +146,38 @@ def test_numbers_compile_nothing_anew() -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "fused"), [(64, True), (96, True), (128, True), (192, False), (256, False)])
-def test_atomics_run_where_deterministic_algorithms_are_off(head_dim: int, fused: bool) -> None:
-    posed, _ = compile_all.posed(Case("x", 1, 2, 2, 4096, 4096, head_dim, head_dim, "bf16"), "backward", "sm90")
+def test_atomics_whose_order_varies_run_where_deterministic_algorithms_are_off(head_dim: int, fused: bool) -> None:
+    posed, _ = compile_all.posed(Case("x", 8, 8, 8, 4096, 4096, head_dim, head_dim, "bf16"), "backward", "sm90")
     same_bits = dataclasses.replace(posed, deterministic=True)
-    atomics = dispatch.encode_force("hopper", {"atomics": True})
     assert dispatch.select(posed, "hopper").config.atomics == fused
-    assert not dispatch.select(same_bits, "hopper").config.atomics
+    found = dispatch.select(same_bits, "hopper").config
+    assert found.atomics == (head_dim == 64)
+    assert found.fused is None or found.fused.ORDERED == found.atomics
+    varies = {"atomics": True, "fused": {"ORDERED": False}} if fused else {"atomics": True}
     with pytest.raises(dispatch.UnsupportedError, match="atomics add in an order that varies"):
-        dispatch.select(same_bits, atomics)
+        dispatch.select(same_bits, dispatch.encode_force("hopper", varies))
+
+
+def test_few_tiles_do_not_pay_for_an_order() -> None:
+    def ordered(batch: int, heads_kv: int, seqlen: int, mask: str) -> bool:
+        case = Case("x", batch, 32, heads_kv, seqlen, seqlen, 64, 64, "bf16", mask)
+        posed, _ = compile_all.posed(case, "backward", "sm90")
+        config = dispatch.select(dataclasses.replace(posed, deterministic=True), "hopper").config
+        assert config.fused.ORDERED == config.atomics
+        return bool(config.atomics)
+
+    assert ordered(1, 32, 16384, "causal") and ordered(32, 32, 512, "causal") and ordered(1, 8, 8192, "full")
+    assert not ordered(1, 8, 8192, "causal") and not ordered(1, 2, 65536, "full")
+
+
+def test_an_order_wants_a_warpgroup_and_claims() -> None:
+    posed, _ = compile_all.posed(Case("x", 8, 8, 8, 4096, 4096, 128, 128, "bf16"), "backward", "sm90")
+    for config, reason in (
+        ({"atomics": True, "fused": {"ORDERED": True}}, "a warpgroup of its own makes them and programs claim tasks"),
+        ({"keys": {"ORDERED": True}}, "additions have an order in the kernel with atomics alone"),
+    ):
+        with pytest.raises(dispatch.UnsupportedError, match=reason):
+            dispatch.select(posed, dispatch.encode_force("hopper", config))
 
 
 def test_few_keys_do_not_pay_for_sums() -> None:
@@ -147,15 +191,58 @@ def test_few_keys_do_not_pay_for_sums() -> None:
     assert not atomics(128, 256) and not atomics(128, 4096, alibi=1)
 
 
-@pytest.fixture(params=[False, True], ids=["pair", "atomics"])
+BAND = st.one_of(
+    st.just("causal"),
+    st.builds("window({}, {})".format, st.integers(0, 700), st.integers(0, 700)),
+    st.builds("chunk({})".format, st.integers(1, 700)),
+    st.builds("prefix({})".format, st.integers(1, 700)),
+)
+
+
+@hypothesis.given(
+    bands=st.lists(BAND, min_size=1, max_size=2), seqlen_q=st.integers(1, 1500), seqlen_k=st.integers(1, 1500),
+    bottom_right=st.booleans(),
+)  # fmt: skip
+def test_a_tile_of_keys_waits_for_the_next_one_alone(
+    bands: list[str], seqlen_q: int, seqlen_k: int, bottom_right: bool
+) -> None:
+    """Where additions to dQ have one order, from the last keys to the first: of a head's tiles of keys those that visit
+    a tile of rows lie side by side, the first to add to it waits for none, and each other one for its neighbour, as
+    backward_pipeline.added_before says."""
+    mask = masks.parse(" & ".join(bands) + (" @ bottom-right" if bottom_right else ""))
+    starts, visits = [], []
+    for first in range(0, seqlen_k, 128):
+        lo, hi = mask.queries(torch.arange(first, min(first + 128, seqlen_k)), seqlen_q, seqlen_k)
+        seen = lo < hi
+        start = int(lo[seen].min()) // 64 * 64 if seen.any() else 0
+        visits.append(set(range(start, int(hi[seen].max()), 64)) if seen.any() else set())
+        starts.append(start)
+    for tile, rows in enumerate(visits):
+        following = visits[tile + 1] if tile + 1 < len(visits) else set()
+        for row in rows:
+            waits = bool(following) and row >= starts[tile + 1]
+            assert waits == any(row in later for later in visits[tile + 1 :])
+            assert waits == (row in following)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "pair": {"atomics": False},
+    "atomics": {"atomics": True},
+    "ordered": {"atomics": True, "fused": {"ORDERED": True, "TASKS": 2}},
+}
+
+
+@pytest.fixture(params=KINDS)
 def force(request: pytest.FixtureRequest) -> Any:
-    """The Hopper kernels, with or without atomics: whether with them."""
+    """The Hopper kernels, with or without atomics, in one order or not."""
     case = request.node.callspec.params.get("case")
     wide = request.node.callspec.params.get("head_dim", 0) if case is None else max(case.head_dim, case.head_dim_v)
-    if request.param and wide > 128:
+    if request.param != "pair" and wide > 128:
         pytest.skip("atomics are for head dims up to 128")
-    with torch_flash2.force("hopper", {"atomics": request.param}):
-        yield request.param
+    if request.param == "ordered" and wide > 64:
+        pytest.skip("additions have an order for head dims up to 64")
+    with torch_flash2.force("hopper", KINDS[request.param]):
+        yield
 
 
 MORE = [
@@ -170,7 +257,7 @@ MORE = [
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.name)
-def test_against_math(case: Case, force: bool) -> None:
+def test_against_math(case: Case, force: None) -> None:
     testing.check(case, device="cuda")
 
 
@@ -201,10 +288,11 @@ def test_nothing_leaks_from_behind_a_mask(mask: str, head_dim: int, force: None)
 
 @pytest.mark.gpu
 @hopper
-def test_other_documents_and_padding_do_not_reach_a_gradient(force: None) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_other_documents_and_padding_do_not_reach_a_gradient(head_dim: int, force: None) -> None:
     """Rows after the last document and padding hold NaN: gradients of documents are what they are without."""
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(1, 4, 700, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, grad = (torch.randn(1, 4, 700, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     cu = torch.tensor([0, 130, 130, 500, 650], dtype=torch.int32, device="cuda")
     lengths = torch_flash2.Lengths(cu_q=cu, cu_k=cu)
     clean = gradients(q, k, v, grad, mask="causal", lengths=lengths)
@@ -234,15 +322,17 @@ def test_programs_claim_tasks(head_dim: int, mask: str) -> None:
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_gradients_are_bit_equal(head_dim: int) -> None:
-    q, k, v, grad = (torch.randn(2, 8, 1024, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+@pytest.mark.parametrize("mask", ["full", "causal & window(700, 0)"])
+def test_gradients_are_bit_equal(head_dim: int, mask: str) -> None:
+    """Over more tiles than the GPU has multiprocessors: at head dim 64 that is the kernel with ordered additions."""
+    q, k, v, grad = (torch.randn(8, 16, 1024, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         with torch_flash2.force("hopper"):
-            first = gradients(q, k, v, grad, mask="causal")
+            first = gradients(q, k, v, grad, mask=mask)
             for _ in range(50):
-                assert all(map(torch.equal, first, gradients(q, k, v, grad, mask="causal")))
+                assert all(map(torch.equal, first, gradients(q, k, v, grad, mask=mask)))
     finally:
         torch.use_deterministic_algorithms(before)
 

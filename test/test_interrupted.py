@@ -81,9 +81,18 @@ def same_each_time(calls: dict[str, Repeated]) -> None:
                         assert torch.equal(found, expected), (name, i, pause)
 
 
-def gradients(inputs: list[torch.Tensor], grad: torch.Tensor, mask: str | None, kernel: str, atomics: bool) -> Any:
-    config = {"atomics": atomics} if kernel == "hopper" else None
-    with torch_flash2.force(kernel, config):
+# Of the Hopper backward: how dQ is summed, and the head dims that have it.
+SUMS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "": ({"atomics": False}, (64, 128, 256)),
+    "atomics": ({"atomics": True}, (64, 128)),
+    "ordered": ({"atomics": True, "fused": {"ORDERED": True, "TASKS": 2}}, (64,)),
+}
+
+
+def gradients(
+    inputs: list[torch.Tensor], grad: torch.Tensor, mask: str | None, kernel: str, config: dict[str, Any]
+) -> Any:
+    with torch_flash2.force(kernel, config if kernel == "hopper" else None):
         leaves = [x.detach().requires_grad_() for x in inputs]
         out, lse = torch_flash2.attention(*leaves, mask, return_lse=True)
         torch.cuda.synchronize()
@@ -95,19 +104,20 @@ def attended(inputs: list[torch.Tensor], mask: str | None, kernel: str) -> Any:
         return torch_flash2.attention(*inputs, mask, return_lse=True)
 
 
-@pytest.mark.parametrize("kernel", ["hopper", "hopper atomics", "triton"])
+@pytest.mark.parametrize("kernel", ["hopper", "hopper atomics", "hopper ordered", "triton"])
 def test_forward_and_backward(kernel: str) -> None:
-    name, *atomics = kernel.split()
+    name, _, sums = kernel.partition(" ")
+    config, head_dims = SUMS[sums]
     if name == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("a Hopper kernel")
     calls: dict[str, Repeated] = {}
-    for head_dim in (64, 128) if atomics else (64, 128, 256):
+    for head_dim in head_dims:
         shape = 2, 768 // head_dim, 8192, head_dim
         inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         for mask in (None, "causal"):
-            backward = gradients(inputs, torch.randn_like(inputs[0]), mask, name, bool(atomics))
-            calls[f"backward {head_dim} {mask}"] = backward, 0 if atomics else None
-            if not atomics:
+            backward = gradients(inputs, torch.randn_like(inputs[0]), mask, name, config)
+            calls[f"backward {head_dim} {mask}"] = backward, 0 if sums == "atomics" else None
+            if not sums:
                 calls[f"forward {head_dim} {mask}"] = functools.partial(attended, inputs, mask, name), None
     same_each_time(calls)
 

@@ -270,7 +270,6 @@ def test_hopper_reasons() -> None:
                 dict(dense=True),
                 dict(steps=("softcap", "bias")),
                 dict(positive_scale=False),
-                dict(dropout=True),
                 dict(page_size=16),
                 dict(batch=2**20, seqlen_q=2**18),
             )
@@ -285,7 +284,6 @@ it has head dims up to 256, got 257 and 64
 dense masks and biases stay on the portable kernel
 dense masks and biases stay on the portable kernel
 a scale that is not positive stays on the portable kernel
-dropout stays on the portable kernel
 it has no paged keys and values
 the call has more tiles than its counter can count""",
     )
@@ -308,7 +306,6 @@ the call has more tiles than its counter can count""",
     for changes in (
         dict(dense=True),
         dict(steps=("bias",)),
-        dict(dropout=True),
         dict(head_dim=100),
         dict(batch=2**12, seqlen_q=2**18),
     ):

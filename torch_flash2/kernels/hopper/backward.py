@@ -33,8 +33,8 @@ class Config(NamedTuple):
     """One way to run a kernel: consumer warpgroups, positions of a streamed tile, buffers of queries or keys and of
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
     keys, whether S of the next tile is issued before dS of this one, whether dQ's products have a warpgroup of their
-    own, whether keys and values stay in registers, and of how many tasks they are on the chip: 2 where programs claim
-    tasks, one after the other."""
+    own, whether keys and values stay in registers, of how many tasks they are on the chip: 2 where programs claim
+    tasks, one after the other, and whether atomic additions to a row of dQ have one order."""
 
     GROUPS: int
     BLOCK: int
@@ -47,11 +47,12 @@ class Config(NamedTuple):
     APART: bool = False
     KEPT: bool = False
     TASKS: int = 1
+    ORDERED: bool = False
 
 
 class BackwardConfig(NamedTuple):
     """One way to run the backward: the kernel of dK and dV, and that of dQ; or with `atomics`, where there is one,
-    `fused`, which makes dK and dV and sums dQ by atomic additions, whose order varies."""
+    `fused`, which makes dK and dV and sums dQ by atomic additions, whose order varies unless it is `ORDERED`."""
 
     keys: Config
     queries: Config
@@ -78,7 +79,8 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 
 def config(problem: Problem) -> BackwardConfig:
-    """The row of backward_configs.json for the next head dims, with atomics where they are allowed and pay."""
+    """The row of backward_configs.json for the next head dims, with atomics where they are allowed and pay: in one
+    order, if PyTorch's deterministic algorithms are on."""
     row = next(
         row
         for row in calls.table("backward_configs.json")
@@ -93,7 +95,7 @@ def config(problem: Problem) -> BackwardConfig:
     if problem.lengths:
         # Between these products rows past a document's end are cleared, and ptxas has them wait for one another.
         fused = fused._replace(AHEAD=False)
-    if problem.steps:
+    if problem.steps or problem.dropout:
         # They take the registers of operands kept there, and of the next tile's products.
         fused = fused._replace(KEPT=False, AHEAD=False)
     elif not _stops_early(problem):
@@ -102,7 +104,18 @@ def config(problem: Problem) -> BackwardConfig:
         fused = fused._replace(**next((c["changes"] for c in row["claimed"] if rows <= c["rows"] * share), {}))
     # Sums cost by the row, a second kernel by the key that a row sees; of some score steps accumulators would spill.
     pays = problem.seqlen_k >= row["fused_keys"] * share and set(problem.steps) <= set(row["fused_steps"])
-    return BackwardConfig(keys, queries, fused, pays and not problem.deterministic)
+    if problem.deterministic:
+        pays = pays and row["ordered"] is not None and _order_pays(problem, row["ordered"]["tiles"] * share)
+        fused = fused._replace(**row["ordered"]["changes"], ORDERED=True) if pays else fused
+    return BackwardConfig(keys, queries, fused, pays)
+
+
+def _order_pays(problem: Problem, tiles: int) -> bool:
+    """Whether additions in one order pay where there are so many tiles of keys for each multiprocessor: those of a head
+    wait for one another, and the longest are the last to begin."""
+    heads = problem.batch * problem.heads_kv
+    enough = tiles * problem.hardware.multiprocessors
+    return heads >= calls.TOGETHER and heads * triton.cdiv(problem.seqlen_k, 128) >= enough
 
 
 def _stops_early(problem: Problem) -> bool:
@@ -113,12 +126,16 @@ def _stops_early(problem: Problem) -> bool:
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
-    if config.atomics and problem.deterministic:
+    if config.atomics and problem.deterministic and not (config.fused is not None and config.fused.ORDERED):
         yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
     if config.atomics and config.fused is None:
         yield "it has no kernel with atomics for head dims above 128"
     if config.keys.TASKS > 1:
         yield "programs claim tasks in the kernel with atomics alone"
+    if config.keys.ORDERED:
+        yield "additions have an order in the kernel with atomics alone"
+    if config.fused is not None and config.fused.ORDERED and not (config.fused.APART and config.fused.TASKS > 1):
+        yield "additions have an order where a warpgroup of its own makes them and programs claim tasks"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
@@ -218,18 +235,21 @@ def _launch_keys(
     keys = 64 * (1 if config.SHARED else config.GROUPS)
     vector = gl.NVMMASharedLayout(0, 32, 1)
     programs = launching.programs(call.cu_k, problem.batch, problem.heads_kv, call.key.shape[2], keys)
-    counter = None
+    counter = added = None
     if config.TASKS > 1:
         assert sums is not None
         counter = sums.view(torch.int32)[-4:]
+    if config.ORDERED:
+        assert counter is not None
+        added = sums.view(torch.int32)[_tiles(problem, call, config.BLOCK) * config.BLOCK * config.WIDTH_D :]
     arguments = (
         *_inputs(config, call, grad_out, config.BLOCK, 64),
         # delta lies behind lse2.
         TensorDescriptor(stats.lse2, [2 * stats.lse2.numel()], [1], [config.BLOCK], vector),
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
-        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter),
-        tuple(map(coded, (*calls.key_order(problem, call, keys), programs))),
+        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter, added),
+        tuple(map(coded, (*calls.key_order(problem, call, keys, config.ORDERED), programs))),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),
@@ -240,9 +260,10 @@ def _launch_keys(
 
 
 def _sums(problem: Problem, config: Config, call: Call) -> torch.Tensor:
-    """Room for the sums of dQ, fp32: for each tile of rows a tile of products; and a number to claim tasks by."""
-    programs = _tiles(problem, call, config.BLOCK)
-    size = triton.cdiv(programs * config.BLOCK * config.WIDTH_D + 4, CLEARED.value) * CLEARED.value
+    """Room for the sums of dQ, fp32: for each tile of rows a tile of products; a number for each tile where
+    additions have an order; and a number to claim tasks by."""
+    each = config.BLOCK * config.WIDTH_D + config.ORDERED
+    size = triton.cdiv(_tiles(problem, call, config.BLOCK) * each + 4, CLEARED.value) * CLEARED.value
     return torch.empty(size, dtype=torch.float32, device=call.query.device)
 
 

@@ -10,7 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from . import compat
+from .backward_order import BEFORE, added_before
 from .backward_pipeline import (
+    advance,
     clean,
     copy_vector,
     end_key_tasks,
@@ -18,6 +20,7 @@ from .backward_pipeline import (
     freed,
     key_place,
     key_task,
+    put_field,
     put_key_task,
 )
 from .pipeline import barrier_asm, field, load_tiles
@@ -54,8 +57,11 @@ def produce(inputs, outputs, order, streams, fixed, total, rule, KEYS: gl.conste
     turn = total * 0
     at = total * 0
     index = gl.program_id(0)
+    if outputs.added is not None:
+        # A task waits for tasks claimed before it, which must be running: programs claim their first one as well.
+        index = gl.atomic_add(outputs.counter, 1)
     while index < total:
-        place = key_place(index, order, rule.spans, rule.sizes, 64 * KEYS)
+        place = key_place(index, order, rule.spans, rule.sizes, 64 * KEYS, outputs.added is not None)
         slot = turn % SHAPE.TASKS
         freed(fixed.tasks, turn, SHAPE.TASKS)
         _load_keys(inputs, place, slot, fixed.k, fixed.v, KEYS, SHAPE)
@@ -63,6 +69,11 @@ def produce(inputs, outputs, order, streams, fixed, total, rule, KEYS: gl.conste
             place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, LENGTH, SHAPE.BOTTOM_RIGHT,
             rule.aside is not None, STEPS,
         )  # fmt: skip
+        if outputs.added is not None:
+            beyond = added_before(
+                place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, LENGTH, SHAPE.BOTTOM_RIGHT, STEPS
+            )
+            put_field(fixed.tasks, slot * 16 + BEFORE, beyond)
         put_key_task(fixed.tasks, slot, task, starts, stops)
         _load_rows(inputs, outputs.stats, streams, at, task, rule, SHAPE)
         at += task.count * rule.sizes.group
@@ -70,7 +81,9 @@ def produce(inputs, outputs, order, streams, fixed, total, rule, KEYS: gl.conste
         index = total
         if SHAPE.TASKS > 1:
             # Now that the task's last rows are on their way: who claims early may be left with a long task at the end.
-            index = gl.num_programs(0) + gl.atomic_add(outputs.counter, 1)
+            index = gl.atomic_add(outputs.counter, 1)
+            if outputs.added is None:
+                index += gl.num_programs(0)
     if SHAPE.TASKS > 1:
         freed(fixed.tasks, turn, SHAPE.TASKS)
         end_key_tasks(fixed.tasks, turn % SHAPE.TASKS)
@@ -121,17 +134,6 @@ def vector(ring, index, rule, COUNT: gl.constexpr, L: gl.constexpr):
     if rule.spans.cu_q is not None:
         filled(ring, index, COUNT)
     return ring.data.index(index % COUNT).load(L)
-
-
-@gluon.jit
-def advance(h, i, task, SHAPE: gl.constexpr):
-    """The head and the tile of rows that come next."""
-    i += 1
-    if SHAPE.GROUPED:
-        last = i == task.count
-        h = gl.where(last, h + 1, h)
-        i = gl.where(last, 0, i)
-    return h, i
 
 
 class Turn(NamedTuple):

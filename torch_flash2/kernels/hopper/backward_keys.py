@@ -17,8 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..device import tiles
-from . import compat
-from .backward_feeding import advance, clean_rows, masked_rows, meet, next_turn, produce, vector
+from . import compat, dropping
+from .backward_feeding import clean_rows, masked_rows, meet, next_turn, produce, vector
+from .backward_order import additions_to, await_turn, end_turn, keep_order, sums_number
 from .backward_pipeline import (
     BackwardInputs,
     BackwardRule,
@@ -28,6 +29,7 @@ from .backward_pipeline import (
     Streams,
     accumulate,
     add_tile,
+    advance,
     filled,
     free_key_task,
     freed,
@@ -45,7 +47,7 @@ from .backward_pipeline import (
     vector_ring,
     view,
 )
-from .pipeline import Ring, landed, matrix, operand, ring_barriers, steps_of, tasks_of, zeros
+from .pipeline import Ring, landed, matrix, operand, ring_barriers, steps_of, zeros
 
 
 @gluon.jit
@@ -72,11 +74,7 @@ def _query_gradient(ds, j, k, home, exchange, WG: gl.constexpr, SHAPE: gl.conste
 def _sums_tile(h, tile, task, rule, SHAPE: gl.constexpr):
     """Where the sums of dQ of a tile of rows of head h begin."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
-    per_head, _ = tasks_of(rule.spans, rule.sizes, BLOCK_M)
-    if rule.spans.cu_q is None:
-        number = (task.b * rule.sizes.H + h) * per_head + tile
-    else:
-        number = h * per_head + tile + task.start_q // BLOCK_M + task.b
+    number = sums_number(h, tile, task, rule, BLOCK_M)
     return rule.aside + gl.cast(number, gl.int64) * (BLOCK_M * SHAPE.WIDTH_D)
 
 
@@ -91,14 +89,14 @@ def _sum_queries(streams, fixed, rule, SHAPE: gl.constexpr):
         going = gl.to_tensor(1)
         while going > 0:
             _sum_next(turn, at, streams, fixed, rule, SHAPE)
-            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
+            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS, 4)
             turn += 1
 
 
 @gluon.jit
 def _sum_next(turn, at, streams, fixed, rule, SHAPE: gl.constexpr):
     """The turn-th task, if there is one."""
-    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
+    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS, 4)
     if task.count >= 0:
         filled(fixed.k, turn, SHAPE.TASKS)
         _sum_task(at, turn % SHAPE.TASKS, streams[4], fixed.k, task, rule, SHAPE)
@@ -123,7 +121,11 @@ def _sum_task(first, slot, exchange, k, task, rule, SHAPE: gl.constexpr):
             dq = warpgroup_mma(rows, view(k.data, home + g, 64, WIDTH_D), dq, use_acc=g > 0, is_async=True)
         dq = warpgroup_mma_wait(0, (dq,))
         mbarrier.arrive(exchange.free.index(j % 2))
+        if rule.additions is not None:
+            await_turn(rule.additions, j)
         add_tile(_sums_tile(h, tile, task, rule, SHAPE), dq, BLOCK_M, WIDTH_D)
+        if rule.additions is not None:
+            end_turn(rule.additions, j)
         h, i = advance(h, i, task, SHAPE)
 
 
@@ -149,7 +151,7 @@ def _await_next(j, then, streams, task, rule, WG: gl.constexpr, SHAPE: gl.conste
 
 
 @gluon.jit
-def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
+def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
           SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """dK and dV with the j-th tile of rows, the one from row m0 of head h, and dQ's part where it is summed here; the
     keys are in the home-th buffer, the task's first tile was the first-th: `at` is (j, h, m0, first, home). Also what
@@ -208,10 +210,14 @@ def _step(at, now, dk, dv, following, kept, streams, fixed, task, rule, WG: gl.c
         p = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), p, 0.0)
     # Before the next branch: P and the slope both, in fp32, would be spilled there.
     weight = p * slope
+    bits = dropping.kept_keys(draw, h, m0, BLOCK_M)
+    p = dropping.drop_keys(p, bits)
     dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
     # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
     filled(do, j, SHAPE.STAGES_V)
     dp = warpgroup_mma_wait(CHUNKS_V, (dp,))
+    if len(bits) > 0:
+        dp = dropping.drop_keys(dp, bits) * rule.scoring.inverse_keep
     if SHAPE.AHEAD and not SHARED_SUMS:
         # S of the next tile, beside dV and the arithmetic of dS.
         ahead = _await_next(j, then, streams, task, rule, WG, SHAPE)
@@ -259,7 +265,7 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.con
         going = gl.to_tensor(1)
         while going > 0:
             _consume_next(WG, turn, at, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)
-            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS)
+            going, at = free_key_task(fixed.tasks, turn, at, rule.sizes.group, SHAPE.TASKS, 4)
             turn += 1
 
 
@@ -267,7 +273,7 @@ def _consume(WG: gl.constexpr, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.con
 def _consume_next(WG: gl.constexpr, turn, at, dk_to, dv_to, streams, fixed, rule, SHAPE: gl.constexpr,
                   STEPS: gl.constexpr):  # fmt: skip
     """The turn-th task, if there is one."""
-    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS)
+    task = get_key_task(fixed.tasks, turn, SHAPE.TASKS, 4)
     if task.count >= 0:
         filled(fixed.k, turn, SHAPE.TASKS)
         filled(fixed.v, turn, SHAPE.TASKS)
@@ -289,6 +295,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = steps_of(h, task, rule, STEPS)
+    draw = dropping.begin_keys(task, rule, WG)
     some = task.count > 0
     stop = first + task.count * rule.sizes.group
     mine = home * SHAPE.GROUPS + WG
@@ -313,14 +320,14 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
             now = steps_of(h, task, rule, STEPS)
         # Two bodies, so that a tile without a mask is worked on without a branch.
         if masks:
-            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG, True,
-                                    SHAPE, STEPS)  # fmt: skip
+            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, draw, streams, fixed, task, rule, WG,
+                                    True, SHAPE, STEPS)  # fmt: skip
         else:
-            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, streams, fixed, task, rule, WG,
+            dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, draw, streams, fixed, task, rule, WG,
                                     False, SHAPE, STEPS)  # fmt: skip
         h, m0, masks, more = then
         j += 1
-    task = read_key_task(fixed.tasks, home)
+    task = read_key_task(fixed.tasks, home, 4)
     row = task.n0 + WG * 64
     store_gradient(dv_to, dv, rule.scoring.inverse_keep, v.data, mine * CHUNKS_V, row, task.stored, task.used_k,
                    task.batch_k, task.h, task.start_k, rule.spans.cu_k, WIDTH_V)  # fmt: skip
@@ -337,8 +344,8 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
 
 @gluon.jit
 def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps."""
-    task = get_key_task(fixed.tasks, 0, 1)
+    """The warpgroup of P and dV, 64 keys. It hands on P, times the slope of the score steps, below 0 where dropped."""
+    task = get_key_task(fixed.tasks, 0, 1, 4)
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -354,6 +361,7 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
     dv = zeros(WIDTH_V, CHUNKS_V)
     h = task.h * rule.sizes.group
     steps = steps_of(h, task, rule, STEPS)
+    draw = dropping.begin_keys(task, rule, 0)
     i = task.count * 0
     mbarrier.wait(k.filled.index(0), 0)
     for j in range(task.count * rule.sizes.group):
@@ -377,7 +385,12 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             p = gl.where(seen_by_keys(tasks, 0, m, 0, S), p, 0.0)
-        handed.data.index(j % 2).store((p * slope).to(DTYPE))
+        weight = p * slope
+        if len(draw) > 0:
+            bits = dropping.kept_keys(draw, h, m0, BLOCK_M)
+            p = dropping.drop_keys(p, bits)
+            weight = dropping.drop_keys(weight, bits) * 2.0 - weight
+        handed.data.index(j % 2).store(weight.to(DTYPE))
         mbarrier.arrive(handed.filled.index(j % 2))
         filled(do, j, SHAPE.STAGES_V)
         dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v * CHUNKS_V, dv, BLOCK_M, WIDTH_V, CHUNKS_V)
@@ -394,7 +407,7 @@ def _consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
 @gluon.jit
 def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The warpgroup of dS and dK, 64 keys, which is handed P."""
-    task = get_key_task(fixed.tasks, 0, 1)
+    task = get_key_task(fixed.tasks, 0, 1, 4)
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
@@ -425,6 +438,9 @@ def _consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, ST
         mbarrier.arrive(do.free.index(slot_v))
         p = handed.data.index(j % 2).load(S).to(gl.float32)
         mbarrier.arrive(handed.free.index(j % 2))
+        if rule.operands.seed is not None:
+            dp = gl.where(p < 0.0, 0.0, dp * rule.scoring.inverse_keep)
+            p = gl.abs(p)
         ds = p * (dp - delta[None, :])
         if (m0 < task.full_start) | (m0 >= task.full_stop):
             # A masked value may be NaN, and 0 * NaN is NaN.
@@ -469,12 +485,19 @@ def backward_keys(
     lse2s = vector_ring(SHAPE.STAGES, BLOCK_M, query_tiles, spans.cu_q)
     deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M, do_tiles, spans.cu_q)
     streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
-    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums)
+    additions = None
+    if outputs.added is not None:
+        additions = additions_to(outputs.added)
+    rule = BackwardRule(
+        spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums, additions
+    )
     LENGTH: gl.constexpr = 256 if KEYS > 2 else 128
     stops = None
     if SHAPE.LEFT or spans.cu_q is not None or spans.used_q is not None:
         stops = integers(SHAPE.TASKS, LENGTH)
-    tasks_filled, tasks_free = ring_barriers(SHAPE.TASKS, GROUPS + 1 if SHAPE.APART else GROUPS)
+    # Who reads a task: all warpgroups, and the warps that keep additions in order.
+    READERS: gl.constexpr = GROUPS + (1 if SHAPE.APART else 0) + (0 if outputs.added is None else 2)
+    tasks_filled, tasks_free = ring_barriers(SHAPE.TASKS, READERS)
     tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, LENGTH), stops, tasks_filled, tasks_free)
     fixed = Fixed(key_tiles, value_tiles, tasks)
     order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
@@ -492,6 +515,20 @@ def backward_keys(
             ],
             [4, 1],
             [240, 24],
+        )
+    elif additions is not None:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_sum_queries, (streams, fixed, rule, SHAPE)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (keep_order, (False, tasks, rule, SHAPE)),
+                (keep_order, (True, tasks, rule, SHAPE)),
+            ],
+            [4, 4, 1, 1, 1],
+            [208, 64, 24, 24, 24],
         )
     elif SHAPE.APART:
         fence_async_shared()

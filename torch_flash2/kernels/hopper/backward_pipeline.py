@@ -58,13 +58,15 @@ class BackwardInputs(NamedTuple):
 
 class KeyOutputs(NamedTuple):
     """dK and dV as Strided, RowStats, and where dQ is summed, or None: fp32 tiles of 64 rows of each head, as
-    `add_tile` lays them out; and a 0 from which on tasks are claimed, or None where each program has one."""
+    `add_tile` lays them out; a 0 from which on tasks are claimed, or None where each program has one; and where tiles
+    of keys are added to a tile of sums in one order a 0 for each tile of sums, or None."""
 
     k: Any
     v: Any
     stats: Any
     sums: Any
     counter: Any
+    added: Any
 
 
 class QueryOutputs(NamedTuple):
@@ -137,9 +139,9 @@ class Gradient(NamedTuple):
 
 
 class BackwardRule(NamedTuple):
-    """What all tiles share: lengths, sizes, bands' numbers, scoring, operands; RowStats' pitch; and where the dQ kernel
+    """What all tiles share: lengths, sizes, bands' numbers, scoring, operands; RowStats' pitch; where the dQ kernel
     marks tiles that `repair_queries` computes again, or where the dK kernel sums dQ; None in either where it does
-    not."""
+    not; and what keeps additions in order, as backward_order.Additions, or None."""
 
     spans: Any
     sizes: Any
@@ -148,6 +150,7 @@ class BackwardRule(NamedTuple):
     operands: Any
     pitch: Any
     aside: Any
+    additions: Any
 
 
 class KeyPlace(NamedTuple):
@@ -185,15 +188,17 @@ class KeyTask(NamedTuple):
 
 
 @gluon.jit
-def key_place(index, order, spans, sizes, BLOCK_N: gl.constexpr):
+def key_place(index, order, spans, sizes, BLOCK_N: gl.constexpr, BACKWARDS: gl.constexpr):
     """Of the index-th tile of BLOCK_N keys: its first key, key head, segment; and where the segment lies. Heads begin
-    with their first tile, the longest under a causal mask."""
+    with their first tile, the longest under a causal mask, or if BACKWARDS with their last one."""
     heads = sizes.H // sizes.group
     per_head = tiles.tile_count(spans.cu_k, sizes.B, sizes.N, BLOCK_N)
     all_heads = heads
     if spans.cu_k is None:
         all_heads = heads * sizes.B
     head, tile = placed(index, per_head, all_heads, order)
+    if BACKWARDS:
+        tile = per_head - 1 - tile
     h = head % heads
     if spans.cu_k is None:
         b = head // heads
@@ -238,11 +243,17 @@ def integers(COUNT: gl.constexpr, LENGTH: gl.constexpr):
 
 
 @gluon.jit
+def put_field(ring, at, value):
+    """Write one number of a task (one warp) that is not handed on yet."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ring.data.index(at).store(gl.full([1], 0, gl.int32, L) + value)
+
+
+@gluon.jit
 def put_key_task(ring, slot, task, starts, stops):
     """Hand on a task (one warp), whose place in the ring is free."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     for i in gl.static_range(FIELDS):
-        ring.data.index(slot * 16 + i).store(gl.full([1], 0, gl.int32, L) + task[i])
+        put_field(ring, slot * 16 + i, task[i])
     ring.starts.index(slot).store(starts)
     if ring.stops is not None:
         ring.stops.index(slot).store(stops)
@@ -252,48 +263,58 @@ def put_key_task(ring, slot, task, starts, stops):
 @gluon.jit
 def end_key_tasks(ring, slot):
     """Say that no task is left: one of count -1."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    ring.data.index(slot * 16 + 12).store(gl.full([1], -1, gl.int32, L))
+    put_field(ring, slot * 16 + 12, -1)
     mbarrier.arrive(ring.filled.index(slot))
 
 
 @gluon.jit
-def free_key_task(ring, turn, at, group, COUNT: gl.constexpr):
-    """Give back the task of the turn-th fill (four warps): whether to wait for another one, > 0, and the number of
+def free_key_task(ring, turn, at, group, COUNT: gl.constexpr, WARPS: gl.constexpr):
+    """Give back the task of the turn-th fill: whether to wait for another one, > 0, and the number of
     fills of the rings of rows so far, which was `at` before the task."""
-    count = field(ring, turn % COUNT * 16 + 12, 4)
+    count = field(ring, turn % COUNT * 16 + 12, WARPS)
     mbarrier.arrive(ring.free.index(turn % COUNT))
     return count + 1, at + count * group
 
 
 @gluon.jit
-def get_key_task(ring, turn, COUNT: gl.constexpr):
-    """The task of the turn-th fill (four warps)."""
+def get_key_task(ring, turn, COUNT: gl.constexpr, WARPS: gl.constexpr):
+    """The task of the turn-th fill."""
     filled(ring, turn, COUNT)
-    return read_key_task(ring, turn % COUNT)
+    return read_key_task(ring, turn % COUNT, WARPS)
 
 
 @gluon.jit
-def read_key_task(ring, slot):
+def read_key_task(ring, slot, WARPS: gl.constexpr):
     """The task in a slot once more: its numbers need not stay in registers."""
     at = slot * 16
     return KeyTask(
-        field(ring, at, 4),
-        field(ring, at + 1, 4),
-        field(ring, at + 2, 4),
-        field(ring, at + 3, 4),
-        field(ring, at + 4, 4),
-        field(ring, at + 5, 4),
-        field(ring, at + 6, 4),
-        field(ring, at + 7, 4),
-        field(ring, at + 8, 4),
-        field(ring, at + 9, 4),
-        field(ring, at + 10, 4),
-        field(ring, at + 11, 4),
-        field(ring, at + 12, 4),
-        field(ring, at + 13, 4),
-        field(ring, at + 14, 4),
+        field(ring, at, WARPS),
+        field(ring, at + 1, WARPS),
+        field(ring, at + 2, WARPS),
+        field(ring, at + 3, WARPS),
+        field(ring, at + 4, WARPS),
+        field(ring, at + 5, WARPS),
+        field(ring, at + 6, WARPS),
+        field(ring, at + 7, WARPS),
+        field(ring, at + 8, WARPS),
+        field(ring, at + 9, WARPS),
+        field(ring, at + 10, WARPS),
+        field(ring, at + 11, WARPS),
+        field(ring, at + 12, WARPS),
+        field(ring, at + 13, WARPS),
+        field(ring, at + 14, WARPS),
     )
+
+
+@gluon.jit
+def advance(h, i, task, SHAPE: gl.constexpr):
+    """The head and the tile of rows that come next."""
+    i += 1
+    if SHAPE.GROUPED:
+        last = i == task.count
+        h = gl.where(last, h + 1, h)
+        i = gl.where(last, 0, i)
+    return h, i
 
 
 @gluon.jit

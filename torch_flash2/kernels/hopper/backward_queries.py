@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..device import bands, scores, tiles
-from . import compat
+from . import compat, dropping
 from .backward_pipeline import (
     BackwardInputs,
     BackwardRule,
@@ -122,6 +122,7 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
     delta = gl.load(stats.delta + at + m, mask=inside, other=0.0)
     segment = gl.minimum(task.b, rule.sizes.B - 1)
     steps = scores.prepare(rule.operands.steps, segment, task.h, task.start_q, task.start_k, STEPS)
+    draw = dropping.begin(task, rule, WG)
     dq = zeros(WIDTH_D, CHUNKS_D)
     some = task.count > 0
     mbarrier.wait(q.filled.index(0), 0)
@@ -145,6 +146,8 @@ def _consume(WG: gl.constexpr, stats, gradient, rings, task, rule, SHAPE: gl.con
         filled(v, j, SHAPE.STAGES_V)
         dp = warpgroup_mma_wait(0, (dp,))
         mbarrier.arrive(v.free.index(slot_v))
+        if rule.operands.seed is not None:
+            dp = dropping.drop(dp, dropping.kept(draw, n0, BLOCK_N)) * rule.scoring.inverse_keep
         ds = p * (dp - delta[:, None])
         if (n0 < task.full_start) | (n0 >= task.full_stop):
             # A masked key or value may be NaN, and 0 * NaN is NaN.
@@ -183,7 +186,7 @@ def backward_queries(
     value_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, SHAPE.BLOCK, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     rings = QueryTiles(query_tiles, do_tiles, key_tiles, value_tiles)
     fence_async_shared()
-    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, stats.pitch, outputs.flags)
+    rule = BackwardRule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, stats.pitch, outputs.flags, None)
     order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
     task = query_task(
         gl.program_id(0), order, spans, rule.sizes, rules, BLOCK_M, SHAPE.BLOCK, SHAPE.BOTTOM_RIGHT,

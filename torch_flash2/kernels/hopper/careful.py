@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..bundles import Rows
-from ..device import bands, scores, tiles
+from ..bundles import Dropout, Rows
+from ..device import bands, philox, scores, tiles
 
 COLUMNS = gl.constexpr(32)
 KEYS_AT_ONCE = gl.constexpr(16)
@@ -87,6 +87,11 @@ def attend_carefully(
                 at = m[:, None]
                 s = scores.apply(s * rule.scoring.first, steps, at, n, at + shift - n, visible, STEPS)
             p = gl.exp2(gl.where(visible, s, -float("inf")) * rule.scoring.scale2 - lse2[:, None])
+            if rule.operands.seed is not None:
+                dropout = Dropout(
+                    philox.load_key(rule.operands.seed), task.b, task.h, philox.threshold_of(rule.scoring)
+                )
+                p = gl.where(philox.keep_elements(dropout, m[:, None], n), p, 0.0)
             rows = (n0 + gl.arange(0, N16, layout=gl.SliceLayout(1, TALL)))[:, None]
             columns = (column + gl.arange(0, WIDE, layout=gl.SliceLayout(0, TALL)))[None, :]
             value, bad = tiles.finite(_load(v, rows, columns, task.used_k, TALL))

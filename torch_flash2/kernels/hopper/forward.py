@@ -54,17 +54,18 @@ def rather_not(problem: Problem) -> Iterator[str]:
 
 
 def config(problem: Problem) -> Config:
-    """The row of configs.json for the next head dims, with or without a mask, before all for a score step that the call
-    has, for the most keys that it has. A row may ask for rows of the query, and for tiles of them for each
-    multiprocessor: large tiles do not pay where the last ones keep few of the GPU's busy."""
+    """The row of configs.json for the next head dims, with or without a mask, before all for a score step or dropout
+    that the call has, for the most keys that it has. A row may ask for rows of the query, and for tiles of them for
+    each multiprocessor: large tiles do not pay where the last ones keep few of the GPU's busy."""
     masked = bool(problem.mask.bands or problem.lengths)
+    steps = (*problem.steps, "dropout") if problem.dropout else problem.steps
     fitting = [
         row
         for row in calls.table("configs.json")
         if problem.head_dim <= row["head_dim"]
         and problem.head_dim_v <= row["head_dim_v"]
         and row["masked"] in (None, masked)
-        and row["step"] in (None, *problem.steps)
+        and row["step"] in (None, *steps)
         and row["seqlen_k"] <= problem.seqlen_k
         and row.get("seqlen_q", 0) <= problem.seqlen_q
         and row.get("tiles", 0) <= _tiles_each(problem, row["config"]["GROUPS"])

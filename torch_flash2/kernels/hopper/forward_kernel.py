@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..bundles import Rows
 from ..device import scores, tiles
-from . import compat, lanes
+from . import compat, dropping, lanes
 from .careful import attend_carefully, note_nan
 from .feeding import produce, schedule
 from .pipeline import (
@@ -234,7 +234,7 @@ def _scale_all(acc, factor, SHAPE: gl.constexpr):
 
 @gluon.jit
 def _turns(
-    count, state, n0, left, used, slot, held, place, steps, masks, rule, buffers,
+    count, state, n0, left, used, slot, held, place, steps, draw, masks, rule, buffers,
     WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """`count` turns on tiles that are not the first of their task, whose accumulators have begun. `masks` is None where
@@ -267,7 +267,7 @@ def _turns(
         if masks is not None:
             if (n0 < masks[0]) | (n0 >= masks[1]):
                 s = masked(s, n0, masks[2], rule, buffers, WG, SHAPE, STEPS)
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
         # As in `_consume`: this wait ends the basic block.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -297,6 +297,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             pass_turn(0)
     task = get_task(buffers.tasks, 0, 4)
     steps = steps_of(task.h, task, rule, STEPS)
+    draw = dropping.begin(task, rule, WG)
     some = task.count > 0
     mbarrier.wait(buffers.q.filled.index(WG), 0, pred=some)
     mbarrier.wait(buffers.k.filled.index(0), 0, pred=some)
@@ -312,7 +313,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
     base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
     L: gl.constexpr = base.type.layout
     sums = gl.full([64, 4], 0.0, gl.float32, L)
-    p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+    p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
     p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
     acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     weight = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, ACC))
@@ -331,10 +332,10 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if begins:
             following = get_task(buffers.tasks, begun, 4)
             steps = steps_of(following.h, following, rule, STEPS)
+            draw = dropping.begin(following, rule, WG)
             going = following.count
             left = following.count
-            n0 = following.top + BLOCK_N
-            place = following.row + shift(following, SHAPE)
+            n0, place = following.top + BLOCK_N, following.row + shift(following, SHAPE)
             full_start, full_stop = following.full_start, following.full_stop
             slot, phase_q = ring_at(begun, Q_STAGES)
             mbarrier.wait(buffers.q.filled.index(slot * GROUPS + WG), phase_q, pred=going > 0)
@@ -373,7 +374,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if left == 0:
             mbarrier.arrive(buffers.q.free.index(slot * GROUPS + WG))
         used += 1
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
         # This wait's branch ends the basic block: without it ptxas moves the next line's above the softmax.
         stage, phase = ring_at(used, STAGES)
         mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
@@ -388,7 +389,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             apart = gl.where(begins | (n0 - BLOCK_N >= full_stop), 0, apart)
             state = State(p, acc, base, sums, decay)
             state, n0, left, used = _turns(
-                apart, state, n0, left, used, slot, held, place, steps, None, rule, buffers, WG, SHAPE, STEPS
+                apart, state, n0, left, used, slot, held, place, steps, draw, None, rule, buffers, WG, SHAPE, STEPS
             )
             p, acc, base, sums, decay = state
     if begun > 1:
@@ -439,6 +440,7 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
         acc = _weight_value(p16, buffers, stage_v, acc, True, SHAPE)
         task = get_task(buffers.tasks, begun, 4)
         steps = steps_of(task.h, task, rule, STEPS)
+        draw = dropping.begin(task, rule, WG)
         going = task.count
         left = task.count - 1  # tiles of the task whose Q K^T is not issued
         n0 = task.top
@@ -471,7 +473,7 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
             s = masked(s, n0, begun, rule, buffers, WG, SHAPE, STEPS)
         base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
         sums = gl.full([64, 4], 0.0, gl.float32, L)
-        p, base, sums, decay = softmax(s, n0, place, steps, base, sums, rule, SHAPE, STEPS)
+        p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
         p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
         if SPARES:
             _pass_over(buffers.v, used - spared, spared, SHAPE)
@@ -483,16 +485,16 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
         if SHAPE.APART:
             while left > 0:
                 state, n0, left, used = _turns(
-                    1, state, n0, left, used, 0, held, place, steps, masks, rule, buffers, WG, SHAPE, STEPS
+                    1, state, n0, left, used, 0, held, place, steps, draw, masks, rule, buffers, WG, SHAPE, STEPS
                 )
                 apart = gl.minimum((n0 - full_start) // BLOCK_N, left)
                 apart = gl.where(n0 - BLOCK_N >= full_stop, 0, apart)
                 state, n0, left, used = _turns(
-                    apart, state, n0, left, used, 0, held, place, steps, None, rule, buffers, WG, SHAPE, STEPS
+                    apart, state, n0, left, used, 0, held, place, steps, draw, None, rule, buffers, WG, SHAPE, STEPS
                 )
         else:
             state, n0, left, used = _turns(
-                left, state, n0, left, used, 0, held, place, steps, masks, rule, buffers, WG, SHAPE, STEPS
+                left, state, n0, left, used, 0, held, place, steps, draw, masks, rule, buffers, WG, SHAPE, STEPS
             )
         p, acc, base, sums, decay = state
         begun += 1

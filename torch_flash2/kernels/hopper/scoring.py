@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..device import bands
-from . import lanes
+from . import dropping, lanes
 from .pipeline import read_task, steps_of
 
 # The base of a row that has seen no key: below all scores, so that the first one makes it move.
@@ -162,9 +162,9 @@ def row_maxima(s, n0, place, steps, rule, SHAPE: gl.constexpr, STEPS: gl.constex
 
 
 @gluon.jit
-def softmax(s, n0, place, steps, base, sums, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """P of a tile of scores; the rows' bases (log2 units), their sums, and the factors of what came before, each
-    [64, 4].
+def softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """P of a tile of scores, after dropout if there is a draw; the rows' bases (log2 units), the sums of P before it,
+    and the factors of what came before, each [64, 4].
 
     A row's base stays while its weights are small enough: most tiles need no maximum.
     """
@@ -182,4 +182,5 @@ def softmax(s, n0, place, steps, base, sums, rule, SHAPE: gl.constexpr, STEPS: g
         p, tile_sums, bases = lanes.softmax(s, bases, limit, factor)
     new_base = _most(bases)
     decay = gl.exp2(base - new_base)
+    p = dropping.drop(p, dropping.kept(draw, n0, s.shape[1]))
     return p, new_base, sums * decay + _most(tile_sums), decay
