@@ -233,7 +233,7 @@ def test_multiprocessors_share_the_work_evenly(
     # What comes before and after a task takes as long as about two tiles of keys, four of rows.
     costs = (visits + (4 if keys else 2)).tolist()
     # Longest first is about the best that there is, but for L2.
-    assert duration(costs, count) <= 1.08 * duration(sorted(costs, reverse=True), count)
+    assert duration(costs, count) <= 1.1 * duration(sorted(costs, reverse=True), count)
 
 
 def duration(costs: list[int], workers: int) -> int:
