@@ -21,7 +21,7 @@ from typing import Any
 import compile_all
 import pytest
 import torch
-from test_triton import FACTORS, allowed, case_of
+from test_triton import FACTORS, allowed, case_of, check_leak
 
 import torch_flash2
 from torch_flash2 import Lengths, attention, scores, testing
@@ -150,6 +150,13 @@ def train(leaves: list[torch.Tensor], call: Callable[..., torch.Tensor], **more:
 
 def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256), (512, 512)])
+def test_no_leak(dims: tuple[int, int], where: str) -> None:
+    sizes = dict(head_dim=dims[0], head_dim_v=dims[1], heads=8, heads_kv=4, seqlen_q=400, seqlen_k=400)
+    check_leak(dict(mask="causal", dtype="bf16", **sizes), torch.nan, where, device="cuda")
 
 
 def test_same_bits_fifty_times() -> None:

@@ -65,9 +65,12 @@ def attend_carefully(
     lse2 = tl.where(lse2 == -float("inf"), float("inf"), lse2)
     pointers = out[0]
     cols = values.x.cols
+    # Of 16-bit products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200, 2026-11-21).
+    BITS: tl.constexpr = values.x.ptr.dtype.element_ty.primitive_bitwidth
+    TURNED: tl.constexpr = BITS == 16 or MODE.PRECISION == "bf16x6" or MODE.PRECISION == "bf16x3"
     for column in tl.range(0, cols, 16, num_stages=1):
-        acc = tl.zeros([BLOCK_M, 16], tl.float32)
-        taint = tl.zeros([BLOCK_M, 16], tl.float32)
+        acc = tl.zeros([16, BLOCK_M] if TURNED else [BLOCK_M, 16], tl.float32)
+        taint = tl.zeros([16, BLOCK_M] if TURNED else [BLOCK_M, 16], tl.float32)
         for n0 in tl.range(start, stop, MODE.BLOCK_N, num_stages=1):
             pages = tiles.page_numbers(keys, n0, tile.N, MODE.BLOCK_N, MODE.PAGE)
             k, s = load_and_score(q, q_rest, keys, keys_rest, pages, n0, tile, head, MODE, STEPS)
@@ -79,12 +82,17 @@ def attend_carefully(
                 )
             v = tiles.load_key_columns(values, pages, n0, tile.N, column, MODE.BLOCK_N, 16, MODE.PAGE)
             v, bad = tiles.finite(v)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
-            taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
+            if TURNED:
+                acc = tl.dot(v.T, p.to(v.dtype).T, acc, input_precision=MODE.PRECISION)
+                taint = tl.dot(bad.to(v.dtype).T, visible.to(v.dtype).T, taint)
+            else:
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
+                taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
+        found = tl.where(taint > 0, float("nan"), acc)
         c = column + tl.arange(0, 16)
         tl.store(
             pointers[:, None] + c.to(tl.int64)[None, :] * out[1],
-            tl.where(taint > 0, float("nan"), acc).to(pointers.dtype.element_ty),
+            (found.T if TURNED else found).to(pointers.dtype.element_ty),
             mask=stored[:, None] & (c < cols)[None, :],
         )
 
