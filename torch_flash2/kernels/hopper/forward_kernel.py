@@ -503,6 +503,7 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
 
 @gluon.jit
 def _work(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """A warpgroup."""
     if SHAPE.Q_STAGES == 1 and not SHAPE.TURNS:
         _consume_one(WG, inputs, buffers, rule, SHAPE, STEPS)
     else:
