@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .pipeline import TASKS, Task, free_task, get_task, load_tiles, put_task, query_task, ring_at, tasks_of
+from .pipeline import TASKS, Far, Task, free_task, get_task, load_tiles, put_task, query_task, ring_at, tasks_of
 
 
 @gluon.jit
@@ -19,10 +19,14 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
     total = per_head * heads
     index = gl.program_id(0)
     done = 0
+    far = None
+    if rule.norms is not None:
+        far = Far(rule.norms, rule.operands.steps, rule.scoring.scale)
     while index < total:
         task = query_task(
-            index, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS, 1
-        )
+            index, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS, 1,
+            SHAPE.SPARES, far,
+        )  # fmt: skip
         if task.count > 0:
             put_task(buffers.tasks, done, task)
             # After a long task the next one waits until this one nears its end; short ones follow one another faster
@@ -35,7 +39,7 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
     zero = done * 0
     put_task(
         buffers.tasks, done,
-        Task(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero),
+        Task(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero),
     )  # fmt: skip
     # The last program to end leaves the counters as it found them, for the next launch on this stream.
     if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:

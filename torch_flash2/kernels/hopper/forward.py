@@ -16,10 +16,13 @@ from ... import masks
 from ...problem import Call, Problem
 from ..bundles import Strided, coded
 from ..triton import launching, recording
-from . import calls
+from . import calls, reach
 from .calls import descriptor, hides, order
 from .forward_kernel import attention_forward
-from .pipeline import COUNTERS, Plain, Shape
+from .pipeline import COUNTERS, Aside, Plain, Shape
+
+# Weights are handed to the tensor core in the values' dtype.
+LIMITS = {torch.float16: 2.0**12, torch.bfloat16: 2.0**40}
 
 
 class Config(NamedTuple):
@@ -143,6 +146,12 @@ def shape(problem: Problem, config: Config) -> Shape:
         config.LATE,
         config.APART,
         config.HELD,
+        # Warpgroups that take turns have equal numbers of them.
+        config.Q_STAGES == 1
+        and not config.TURNS
+        and config.BLOCK_N < 64 * config.GROUPS == 128
+        and bool(problem.mask.bands),
+        LIMITS[problem.dtype],
     )
 
 
@@ -172,8 +181,11 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
         descriptor(out, 64, numbers.WIDTH_OUT),
         Plain(*map(Strided.of, (call.query, call.key, call.value, out))),
         lse,
-        workspace,
-        workspace if hides(problem) else None,
+        Aside(
+            workspace,
+            workspace if hides(problem) else None,
+            reach.norms(problem, call) if reach.pays(problem, numbers.TILTED) else None,
+        ),
         tuple(map(coded, order(problem, call, 64 * config.GROUPS))),
         *launching.bundle(problem, call),
         numbers,

@@ -123,6 +123,15 @@ def _weight_value(p, buffers, stage, acc, use_acc, SHAPE: gl.constexpr):
 
 
 @gluon.jit
+def _log2(x):
+    """log2 of normal numbers x > 0. The hardware's is exact to a part of its result, which may be 40 here; of [1, 2) to
+    a part of 1."""
+    bits = x.to(gl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(gl.float32, bitcast=True)
+    return ((bits >> 23) - 127).to(gl.float32) + gl.log2(mantissa)
+
+
+@gluon.jit
 def _totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """Store lse [64] of a task's rows; the factors [64] from their accumulators to the output, 0 for rows that see no
     key."""
@@ -141,7 +150,7 @@ def _totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS
         row_sum = row_sum * decay + gl.exp2(sink - new_max)
         row_max = new_max
     total = gl.where(none, 1.0, row_sum)
-    lse = gl.where(none, -float("inf"), (row_max + gl.log2(total)) * scores.LN2)
+    lse = gl.where(none, -float("inf"), (row_max + _log2(total)) * scores.LN2)
     lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
     gl.store(rule.lse + lse_at + at, lse, mask=at < task.stored)
     return gl.where(none, 0.0, decay * rule.scoring.inverse_keep / total)
@@ -224,12 +233,13 @@ def _scale_all(acc, factor, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _plain_turns(
-    count, state, n0, left, used, slot, held, place, steps, draw, rule, buffers,
+def _turns(
+    count, state, n0, left, used, slot, held, place, steps, draw, masks, rule, buffers,
     WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
-    """`count` turns of `_consume` on tiles without a mask, neither the first nor the second of their task. Shorter than
-    turns that may be anything; but short tasks run faster where all code fits the instruction cache."""
+    """`count` turns on tiles that are not the first of their task, whose accumulators have begun. `masks` is None where
+    no tile needs a mask; else full_start and full_stop of the task, and its number. Shorter than turns that may be
+    anything; but short tasks run faster where all code fits the instruction cache."""
     STAGES: gl.constexpr = SHAPE.STAGES
     NEXT: gl.constexpr = (WG + 1) % SHAPE.GROUPS
     DTYPE: gl.constexpr = buffers.v.data.dtype
@@ -254,6 +264,9 @@ def _plain_turns(
         used += 1
         n0 -= SHAPE.BLOCK_N
         s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+        if masks is not None:
+            if (n0 < masks[0]) | (n0 >= masks[1]):
+                s = masked(s, n0, masks[2], rule, buffers, WG, SHAPE, STEPS)
         p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
         # As in `_consume`: this wait ends the basic block.
         stage, phase = ring_at(used, STAGES)
@@ -375,8 +388,8 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
             apart = gl.minimum((n0 - full_start) // BLOCK_N, left)
             apart = gl.where(begins | (n0 - BLOCK_N >= full_stop), 0, apart)
             state = State(p, acc, base, sums, decay)
-            state, n0, left, used = _plain_turns(
-                apart, state, n0, left, used, slot, held, place, steps, draw, rule, buffers, WG, SHAPE, STEPS
+            state, n0, left, used = _turns(
+                apart, state, n0, left, used, slot, held, place, steps, draw, None, rule, buffers, WG, SHAPE, STEPS
             )
             p, acc, base, sums, decay = state
     if begun > 1:
@@ -388,8 +401,118 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
 
 
 @gluon.jit
+def _pass_over(ring, first, count, SHAPE: gl.constexpr):
+    """Give `count` buffers of a ring back, from its first-th use on, without reading them."""
+    for i in range(count):
+        # Before it is filled, its barrier may still wait for the use before.
+        stage, phase = ring_at(first + i, SHAPE.STAGES)
+        mbarrier.wait(ring.filled.index(stage), phase)
+        mbarrier.arrive(ring.free.index(stage))
+
+
+@gluon.jit
+def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """As `_consume`, where queries have one buffer and warpgroups take no turns. A task's queries come only when the
+    last Q K^T of the task before is done: here that task's last P V is issued before they are waited for, and its rows
+    are stored while the first Q K^T runs.
+    """
+    BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
+    STAGES: gl.constexpr = SHAPE.STAGES
+    DTYPE: gl.constexpr = inputs.v.dtype
+    SPARES: gl.constexpr = SHAPE.SPARES and WG == 0
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    # Before the first task P is 0, and nothing is made of accumulators.
+    p = gl.full([64, BLOCK_N], 0.0, gl.float32, S)
+    base = gl.max(gl.max(gl.reshape(p, [64, BLOCK_N // 8, 4, 2]), 3), 1)
+    L: gl.constexpr = base.type.layout
+    sums = gl.full([64, 4], 0.0, gl.float32, L)
+    decay = gl.full([64, 4], 1.0, gl.float32, L)
+    p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
+    acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
+    begun = gl.to_tensor(0)  # tasks whose first Q K^T is issued
+    used = gl.to_tensor(0)  # tiles of keys whose Q K^T is issued, or that are left out
+    going = gl.to_tensor(1)  # 0 after the last task
+    while going > 0:
+        stage_v, phase_v = ring_at(used - 1, STAGES)
+        p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
+        acc = _scale_all(acc, decay, SHAPE)
+        mbarrier.wait(buffers.v.filled.index(stage_v), phase_v, pred=begun > 0)
+        acc = _weight_value(p16, buffers, stage_v, acc, True, SHAPE)
+        task = get_task(buffers.tasks, begun, 4)
+        steps = steps_of(task.h, task, rule, STEPS)
+        draw = dropping.begin(task, rule, WG)
+        going = task.count
+        left = task.count - 1  # tiles of the task whose Q K^T is not issued
+        n0 = task.top
+        place = task.row + shift(task, SHAPE)
+        full_start, full_stop = task.full_start, task.full_stop
+        spared = task.spared
+        if SPARES:
+            _pass_over(buffers.k, used, spared, SHAPE)
+            used += spared
+            left -= spared
+            n0 -= spared * BLOCK_N
+        mbarrier.wait(buffers.q.filled.index(WG), begun & 1, pred=going > 0)
+        held = _hold(buffers, 0, WG, SHAPE)
+        stage, phase = ring_at(used, STAGES)
+        mbarrier.wait(buffers.k.filled.index(stage), phase, pred=going > 0)
+        s = _query_key(buffers, 0, stage, held, WG, SHAPE)
+        acc = landed(acc, SHAPE.CHUNKS_D)
+        if begun > 0:
+            mbarrier.arrive(buffers.v.free.index(stage_v))
+            last = read_task(buffers.tasks, begun - 1, 4)
+            weight = _totals(base, sums, last, rule, WG, SHAPE, STEPS)
+            _finish(acc, weight, begun - 1, rule, inputs, buffers, WG, SHAPE)
+        acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
+        s = warpgroup_mma_wait(0, (s,))
+        mbarrier.arrive(buffers.k.free.index(stage), pred=going > 0)
+        if left == 0:
+            mbarrier.arrive(buffers.q.free.index(WG))
+        s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
+        if (n0 < full_start) | (n0 >= full_stop):
+            s = masked(s, n0, begun, rule, buffers, WG, SHAPE, STEPS)
+        base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
+        sums = gl.full([64, 4], 0.0, gl.float32, L)
+        p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
+        p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
+        if SPARES:
+            _pass_over(buffers.v, used - spared, spared, SHAPE)
+        used += 1
+        stage, phase = ring_at(used, STAGES)
+        mbarrier.wait(buffers.k.filled.index(stage), phase, pred=left > 0)
+        state = State(p, acc, base, sums, decay)
+        masks = (full_start, full_stop, begun)
+        if SHAPE.APART:
+            while left > 0:
+                state, n0, left, used = _turns(
+                    1, state, n0, left, used, 0, held, place, steps, draw, masks, rule, buffers, WG, SHAPE, STEPS
+                )
+                apart = gl.minimum((n0 - full_start) // BLOCK_N, left)
+                apart = gl.where(n0 - BLOCK_N >= full_stop, 0, apart)
+                state, n0, left, used = _turns(
+                    apart, state, n0, left, used, 0, held, place, steps, draw, None, rule, buffers, WG, SHAPE, STEPS
+                )
+        else:
+            state, n0, left, used = _turns(
+                left, state, n0, left, used, 0, held, place, steps, draw, masks, rule, buffers, WG, SHAPE, STEPS
+            )
+        p, acc, base, sums, decay = state
+        begun += 1
+    compat.stores_landed()
+
+
+@gluon.jit
+def _work(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """A warpgroup."""
+    if SHAPE.Q_STAGES == 1 and not SHAPE.TURNS:
+        _consume_one(WG, inputs, buffers, rule, SHAPE, STEPS)
+    else:
+        _consume(WG, inputs, buffers, rule, SHAPE, STEPS)
+
+
+@gluon.jit
 def attention_forward(
-    q, k, v, out, plain, lse, counter, flags, coded_order, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, out, plain, lse, aside, coded_order, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """Persistent: out [B, H, M, Dv] and lse [B, H, M] of all tiles that the counter hands out."""
@@ -416,17 +539,17 @@ def attention_forward(
     fence_async_shared()
     inputs = Inputs(q, k, v, out, plain)
     places = None
-    if flags is not None:
-        places = flags + FLAGS
-    rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, places)
+    if aside.flags is not None:
+        places = aside.flags + FLAGS
+    rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, places, aside.norms)
     order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, inputs, buffers, rule, SHAPE, STEPS)),
-                (_consume, (1, inputs, buffers, rule, SHAPE, STEPS)),
+                (_work, (0, inputs, buffers, rule, SHAPE, STEPS)),
+                (_work, (1, inputs, buffers, rule, SHAPE, STEPS)),
                 (produce, (inputs, buffers, rule, SHAPE)),
-                (schedule, (buffers, rule, order, counter, SHAPE, STEPS)),
+                (schedule, (buffers, rule, order, aside.counter, SHAPE, STEPS)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -434,17 +557,17 @@ def attention_forward(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, inputs, buffers, rule, SHAPE, STEPS)),
-                (_consume, (1, inputs, buffers, rule, SHAPE, STEPS)),
-                (_consume, (2, inputs, buffers, rule, SHAPE, STEPS)),
+                (_work, (0, inputs, buffers, rule, SHAPE, STEPS)),
+                (_work, (1, inputs, buffers, rule, SHAPE, STEPS)),
+                (_work, (2, inputs, buffers, rule, SHAPE, STEPS)),
                 (produce, (inputs, buffers, rule, SHAPE)),
-                (schedule, (buffers, rule, order, counter, SHAPE, STEPS)),
+                (schedule, (buffers, rule, order, aside.counter, SHAPE, STEPS)),
             ],
             [4, 4, 1, 1],
             [160, 160, 24, 24],
         )
 
-    if flags is not None:
+    if aside.flags is not None:
         # Repairing uses shared memory of its own.
         forget_ring(buffers.tasks, TASKS)
         forget_ring(buffers.q, SHAPE.Q_STAGES * GROUPS)

@@ -3,41 +3,15 @@
 Scalar functions for gl.map_elementwise: one call has all the elements that a thread holds of a tile, so its branch is
 a real one (a uniform tensor branch has no other form in Gluon). N elements x of an accumulator in MMA order, where
 elements 0 and 2 are of the thread's two rows, and the N factors a of those rows. Softmaxes have scores s, the bases b
-and N times the factor k from scores to log2 units; where those depend on the key's distance, N times ALiBi's slope t
-and the offsets o; results of which there are fewer than N stand there repeatedly.
+N times the factor k from scores to log2 units, and the limit m of a sum; where scores depend on the key's distance,
+N times ALiBi's slope t and the offsets o; results of which there are fewer than N stand there
+repeatedly.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .weights import soften, soften_in_place
-
-
-@gluon.jit
-def rescale16(
-    x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9,
-    a10, a11, a12, a13, a14, a15,
-):  # fmt: skip
-    if (a0 != 1.0) | (a2 != 1.0):
-        x0 = x0 * a0
-        x1 = x1 * a1
-        x2 = x2 * a2
-        x3 = x3 * a3
-        x4 = x4 * a4
-        x5 = x5 * a5
-        x6 = x6 * a6
-        x7 = x7 * a7
-        x8 = x8 * a8
-        x9 = x9 * a9
-        x10 = x10 * a10
-        x11 = x11 * a11
-        x12 = x12 * a12
-        x13 = x13 * a13
-        x14 = x14 * a14
-        x15 = x15 * a15
-    return (
-        x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -321,34 +295,19 @@ def rescale128(
 
 
 @gluon.jit
-def softmax16(
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9,
-    b10, b11, b12, b13, b14, b15, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15,
-):  # fmt: skip
-    s = (
-        s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
-    )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, None, None)
-    return (
-        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], t[0],
-        t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], b[0], b[0], b[1],
-        b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1],
-    )  # fmt: skip
-
-
-@gluon.jit
 def softmax32(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
     s24, s25, s26, s27, s28, s29, s30, s31, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15,
-    b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28, b29, b30, b31, k0, k1, k2, k3, k4, k5, k6, k7,
-    k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30,
-    k31,
+    b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28, b29, b30, b31, m0, m1, m2, m3, m4, m5, m6, m7,
+    m8, m9, m10, m11, m12, m13, m14, m15, m16, m17, m18, m19, m20, m21, m22, m23, m24, m25, m26, m27, m28, m29, m30,
+    m31, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22,
+    k23, k24, k25, k26, k27, k28, k29, k30, k31,
 ):  # fmt: skip
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
         s24, s25, s26, s27, s28, s29, s30, s31,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, None, None)
+    p, t, b = soften(s, b0, b2, m0, k0, None, None)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -366,17 +325,20 @@ def softmax64(
     s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63, b0, b1, b2, b3, b4, b5,
     b6, b7, b8, b9, b10, b11, b12, b13, b14, b15, b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28,
     b29, b30, b31, b32, b33, b34, b35, b36, b37, b38, b39, b40, b41, b42, b43, b44, b45, b46, b47, b48, b49, b50,
-    b51, b52, b53, b54, b55, b56, b57, b58, b59, b60, b61, b62, b63, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10,
-    k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30, k31, k32,
-    k33, k34, k35, k36, k37, k38, k39, k40, k41, k42, k43, k44, k45, k46, k47, k48, k49, k50, k51, k52, k53, k54,
-    k55, k56, k57, k58, k59, k60, k61, k62, k63,
+    b51, b52, b53, b54, b55, b56, b57, b58, b59, b60, b61, b62, b63, m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, m10,
+    m11, m12, m13, m14, m15, m16, m17, m18, m19, m20, m21, m22, m23, m24, m25, m26, m27, m28, m29, m30, m31, m32,
+    m33, m34, m35, m36, m37, m38, m39, m40, m41, m42, m43, m44, m45, m46, m47, m48, m49, m50, m51, m52, m53, m54,
+    m55, m56, m57, m58, m59, m60, m61, m62, m63, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14,
+    k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30, k31, k32, k33, k34, k35, k36,
+    k37, k38, k39, k40, k41, k42, k43, k44, k45, k46, k47, k48, k49, k50, k51, k52, k53, k54, k55, k56, k57, k58,
+    k59, k60, k61, k62, k63,
 ):  # fmt: skip
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
         s24, s25, s26, s27, s28, s29, s30, s31, s32, s33, s34, s35, s36, s37, s38, s39, s40, s41, s42, s43, s44, s45,
         s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, None, None)
+    p, t, b = soften(s, b0, b2, m0, k0, None, None)
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -390,22 +352,6 @@ def softmax64(
         b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0],
         b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1],
         b[0], b[0], b[1], b[1],
-    )  # fmt: skip
-
-
-@gluon.jit
-def softmax_in_place16(
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9,
-    b10, b11, b12, b13, b14, b15, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15,
-):  # fmt: skip
-    s = (
-        s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
-    )  # fmt: skip
-    p, t, b = soften_in_place(s, b0, b2, k0)
-    return (
-        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], t[0],
-        t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], b[0], b[0], b[1],
-        b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1],
     )  # fmt: skip
 
 
@@ -467,38 +413,22 @@ def softmax_in_place64(
 
 
 @gluon.jit
-def softmax_tilted16(
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9,
-    b10, b11, b12, b13, b14, b15, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, t0, t1, t2,
-    t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12,
-    o13, o14, o15,
-):  # fmt: skip
-    s = (
-        s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
-    )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, t0, (o0, o1))
-    return (
-        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], t[0],
-        t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], b[0], b[0], b[1],
-        b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1],
-    )  # fmt: skip
-
-
-@gluon.jit
 def softmax_tilted32(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
     s24, s25, s26, s27, s28, s29, s30, s31, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15,
-    b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28, b29, b30, b31, k0, k1, k2, k3, k4, k5, k6, k7,
-    k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30,
-    k31, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, t16, t17, t18, t19, t20, t21, t22,
-    t23, t24, t25, t26, t27, t28, t29, t30, t31, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14,
-    o15, o16, o17, o18, o19, o20, o21, o22, o23, o24, o25, o26, o27, o28, o29, o30, o31,
+    b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28, b29, b30, b31, m0, m1, m2, m3, m4, m5, m6, m7,
+    m8, m9, m10, m11, m12, m13, m14, m15, m16, m17, m18, m19, m20, m21, m22, m23, m24, m25, m26, m27, m28, m29, m30,
+    m31, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22,
+    k23, k24, k25, k26, k27, k28, k29, k30, k31, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14,
+    t15, t16, t17, t18, t19, t20, t21, t22, t23, t24, t25, t26, t27, t28, t29, t30, t31, o0, o1, o2, o3, o4, o5, o6,
+    o7, o8, o9, o10, o11, o12, o13, o14, o15, o16, o17, o18, o19, o20, o21, o22, o23, o24, o25, o26, o27, o28, o29,
+    o30, o31,
 ):  # fmt: skip
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
         s24, s25, s26, s27, s28, s29, s30, s31,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, t0, (o0, o1))
+    p, t, b = soften(s, b0, b2, m0, k0, t0, (o0, o1))
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -516,23 +446,25 @@ def softmax_tilted64(
     s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63, b0, b1, b2, b3, b4, b5,
     b6, b7, b8, b9, b10, b11, b12, b13, b14, b15, b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28,
     b29, b30, b31, b32, b33, b34, b35, b36, b37, b38, b39, b40, b41, b42, b43, b44, b45, b46, b47, b48, b49, b50,
-    b51, b52, b53, b54, b55, b56, b57, b58, b59, b60, b61, b62, b63, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10,
-    k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30, k31, k32,
-    k33, k34, k35, k36, k37, k38, k39, k40, k41, k42, k43, k44, k45, k46, k47, k48, k49, k50, k51, k52, k53, k54,
-    k55, k56, k57, k58, k59, k60, k61, k62, k63, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14,
-    t15, t16, t17, t18, t19, t20, t21, t22, t23, t24, t25, t26, t27, t28, t29, t30, t31, t32, t33, t34, t35, t36,
-    t37, t38, t39, t40, t41, t42, t43, t44, t45, t46, t47, t48, t49, t50, t51, t52, t53, t54, t55, t56, t57, t58,
-    t59, t60, t61, t62, t63, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14, o15, o16, o17, o18,
-    o19, o20, o21, o22, o23, o24, o25, o26, o27, o28, o29, o30, o31, o32, o33, o34, o35, o36, o37, o38, o39, o40,
-    o41, o42, o43, o44, o45, o46, o47, o48, o49, o50, o51, o52, o53, o54, o55, o56, o57, o58, o59, o60, o61, o62,
-    o63,
+    b51, b52, b53, b54, b55, b56, b57, b58, b59, b60, b61, b62, b63, m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, m10,
+    m11, m12, m13, m14, m15, m16, m17, m18, m19, m20, m21, m22, m23, m24, m25, m26, m27, m28, m29, m30, m31, m32,
+    m33, m34, m35, m36, m37, m38, m39, m40, m41, m42, m43, m44, m45, m46, m47, m48, m49, m50, m51, m52, m53, m54,
+    m55, m56, m57, m58, m59, m60, m61, m62, m63, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14,
+    k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30, k31, k32, k33, k34, k35, k36,
+    k37, k38, k39, k40, k41, k42, k43, k44, k45, k46, k47, k48, k49, k50, k51, k52, k53, k54, k55, k56, k57, k58,
+    k59, k60, k61, k62, k63, t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, t15, t16, t17, t18,
+    t19, t20, t21, t22, t23, t24, t25, t26, t27, t28, t29, t30, t31, t32, t33, t34, t35, t36, t37, t38, t39, t40,
+    t41, t42, t43, t44, t45, t46, t47, t48, t49, t50, t51, t52, t53, t54, t55, t56, t57, t58, t59, t60, t61, t62,
+    t63, o0, o1, o2, o3, o4, o5, o6, o7, o8, o9, o10, o11, o12, o13, o14, o15, o16, o17, o18, o19, o20, o21, o22,
+    o23, o24, o25, o26, o27, o28, o29, o30, o31, o32, o33, o34, o35, o36, o37, o38, o39, o40, o41, o42, o43, o44,
+    o45, o46, o47, o48, o49, o50, o51, o52, o53, o54, o55, o56, o57, o58, o59, o60, o61, o62, o63,
 ):  # fmt: skip
     s = (
         s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
         s24, s25, s26, s27, s28, s29, s30, s31, s32, s33, s34, s35, s36, s37, s38, s39, s40, s41, s42, s43, s44, s45,
         s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63,
     )  # fmt: skip
-    p, t, b = soften(s, b0, b2, k0, t0, (o0, o1))
+    p, t, b = soften(s, b0, b2, m0, k0, t0, (o0, o1))
     return (
         p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
         p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
@@ -552,8 +484,6 @@ def softmax_tilted64(
 @gluon.jit
 def rescale(x, a):
     """(x times a,), skipped by threads whose factors are 1."""
-    if x.shape[1] == 32:
-        return gl.map_elementwise(rescale16, x, a, pack=16)
     if x.shape[1] == 64:
         return gl.map_elementwise(rescale32, x, a, pack=32)
     if x.shape[1] == 128:
@@ -563,21 +493,17 @@ def rescale(x, a):
 
 
 @gluon.jit
-def softmax(s, b, k):
+def softmax(s, b, m, k):
     """weights.soften for a tile: weights, sums and bases."""
-    if s.shape[1] == 32:
-        return gl.map_elementwise(softmax16, s, b, k, pack=16)
     if s.shape[1] == 64:
-        return gl.map_elementwise(softmax32, s, b, k, pack=32)
+        return gl.map_elementwise(softmax32, s, b, m, k, pack=32)
     if s.shape[1] == 128:
-        return gl.map_elementwise(softmax64, s, b, k, pack=64)
+        return gl.map_elementwise(softmax64, s, b, m, k, pack=64)
 
 
 @gluon.jit
 def softmax_in_place(s, b, k):
     """The same by weights.soften_in_place."""
-    if s.shape[1] == 32:
-        return gl.map_elementwise(softmax_in_place16, s, b, k, pack=16)
     if s.shape[1] == 64:
         return gl.map_elementwise(softmax_in_place32, s, b, k, pack=32)
     if s.shape[1] == 128:
@@ -585,11 +511,9 @@ def softmax_in_place(s, b, k):
 
 
 @gluon.jit
-def softmax_tilted(s, b, k, t, o):
+def softmax_tilted(s, b, m, k, t, o):
     """softmax of scores that fall by t with the distance of their keys, from o on."""
-    if s.shape[1] == 32:
-        return gl.map_elementwise(softmax_tilted16, s, b, k, t, o, pack=16)
     if s.shape[1] == 64:
-        return gl.map_elementwise(softmax_tilted32, s, b, k, t, o, pack=32)
+        return gl.map_elementwise(softmax_tilted32, s, b, m, k, t, o, pack=32)
     if s.shape[1] == 128:
-        return gl.map_elementwise(softmax_tilted64, s, b, k, t, o, pack=64)
+        return gl.map_elementwise(softmax_tilted64, s, b, m, k, t, o, pack=64)

@@ -13,12 +13,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from ..device import bands, scores, tiles
-from . import compat
+from . import compat, reach
 
 # Places at the start of the workspace: the next task, programs that are done; flags follow.
 COUNTERS = 4
 TASKS = gl.constexpr(4)
 FIELDS = gl.constexpr(15)
+PART = gl.constexpr(reach.PART)
+DEEP = gl.constexpr(reach.DEEP)
+# More keys than there are.
+FAR = gl.constexpr(2.0**30)
 
 
 class Shape(NamedTuple):
@@ -44,6 +48,8 @@ class Shape(NamedTuple):
     LATE: bool
     APART: bool
     HELD: bool
+    SPARES: bool
+    LIMIT: float
 
 
 class Inputs(NamedTuple):
@@ -65,6 +71,15 @@ class Plain(NamedTuple):
     out: Any
 
 
+class Aside(NamedTuple):
+    """Memory beside inputs and results: the workspace, whose start is counters; the same again where its flags are
+    needed; norms for reach.py where they are."""
+
+    counter: Any
+    flags: Any
+    norms: Any
+
+
 class Buffers(NamedTuple):
     """Shared memory: rings of tasks, queries, keys and values, where output tiles leave from, and the barriers at
     which the producer asks for the next task."""
@@ -78,8 +93,8 @@ class Buffers(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What all tiles share: lengths, sizes, bands' numbers, scoring, operands, lse, and where keys may be
-    hidden zeros [programs + GROUPS * tasks], for careful.note_nan."""
+    """What all tiles share: lengths, sizes, bands' numbers, scoring, operands, lse; where keys may be hidden zeros
+    [programs + GROUPS * tasks], for careful.note_nan; and where ALiBi's reach is worth to know norms, see reach.py."""
 
     spans: Any
     sizes: Any
@@ -88,6 +103,15 @@ class Rule(NamedTuple):
     operands: Any
     lse: Any
     flags: Any
+    norms: Any
+
+
+class Far(NamedTuple):
+    """What decides how far keys matter: norms, operands of the score steps and the softmax scale."""
+
+    norms: Any
+    steps: Any
+    scale: Any
 
 
 class Task(NamedTuple):
@@ -95,7 +119,7 @@ class Task(NamedTuple):
     visits.
 
     It visits `count` tiles downwards from `top`, those in [full_start, full_stop) without a mask. count 0: no more
-    tasks.
+    tasks. Of the first `spared` tiles the first 64 rows see nothing.
     """
 
     index: Any
@@ -113,6 +137,7 @@ class Task(NamedTuple):
     count: Any
     full_start: Any
     full_stop: Any
+    spared: Any
 
 
 class Ring(NamedTuple):
@@ -179,7 +204,7 @@ def put_task(ring, index, task):
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     slot = index % TASKS
     mbarrier.wait(ring.free.index(slot), ((index // TASKS) & 1) ^ 1)
-    for i in gl.static_range(FIELDS):
+    for i in gl.static_range(len(task)):
         ring.data.index(slot * 16 + i).store(gl.full([1], 0, gl.int32, L) + task[i])
     mbarrier.arrive(ring.filled.index(slot))
 
@@ -213,6 +238,7 @@ def read_task(ring, index, WARPS: gl.constexpr):
         field(ring, base + 12, WARPS),
         field(ring, base + 13, WARPS),
         field(ring, base + 14, WARPS),
+        field(ring, base + 15, WARPS),
     )
 
 
@@ -259,10 +285,32 @@ def placed(index, per_head, heads, order):
 
 
 @gluon.jit
+def _reach(far, head_q, head_k, heads, h, b, row, sizes, BLOCK_M: gl.constexpr, STEPS: gl.constexpr,
+           WARPS: gl.constexpr):  # fmt: skip
+    """How many keys before its last one the rows of a task may give a weight to, as reach.py says."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    lane = gl.arange(0, 32, layout=L)
+    parts = gl.cdiv(sizes.M, PART)
+    # A tile lies in one or two parts.
+    part = gl.minimum((row + gl.minimum(lane, 1) * (BLOCK_M - 1)) // PART, parts - 1)
+    norm_q = gl.max(gl.load(far.norms + head_q * parts + part), 0)
+    parts_k = gl.cdiv(sizes.N, PART)
+    keys = far.norms + heads * parts + head_k * parts_k
+    most = gl.full([32], 0.0, gl.float32, L)
+    for first in range(0, parts_k, 32):
+        most = gl.maximum(most, gl.load(keys + gl.minimum(first + lane, parts_k - 1)))
+    norm_k = gl.max(most, 0)
+    slope = scores.prepare(far.steps, gl.minimum(b, sizes.B - 1), h, 0, 0, STEPS)[0]
+    keys_away = (2 * norm_q * norm_k * far.scale + DEEP) / slope + 1
+    return gl.where((slope > 0) & (keys_away < FAR), keys_away, FAR).to(gl.int32)
+
+
+@gluon.jit
 def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-               BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+               BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr,
+               SPARES: gl.constexpr = False, far=None):  # fmt: skip
     """The index-th task: heads begin with their last tile, the longest under a causal mask. A task without stored rows
-    has count 0."""
+    has count 0. `far` is a Far where tiles that do not matter are to be left out."""
     per_head, heads = tasks_of(spans, sizes, BLOCK_M)
     head, turn = placed(index, per_head, heads, order)
     tile = per_head - 1 - turn
@@ -285,11 +333,22 @@ def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N
     span = bands.tile_span(lo, hi, used_k, BLOCK_N, False)
     # A task visits at least one tile, masked altogether where its rows see no key.
     top = gl.maximum(gl.cdiv(span.stop, BLOCK_N) - 1, 0)
-    count = gl.maximum(top - span.start // BLOCK_N, 0) + 1
+    start = span.start
+    if far is not None:
+        far_start = _reach(
+            far, batch_q * sizes.H + h, batch_k * (sizes.H // sizes.group) + h // sizes.group, heads, h, b,
+            start_q + row, sizes, BLOCK_M, STEPS, WARPS,
+        )  # fmt: skip
+        start = gl.maximum(start, gl.min(gl.where(lo < hi, hi, used_k), 0) - far_start)
+    count = gl.maximum(top - start // BLOCK_N, 0) + 1
+    spared = count * 0
+    if SPARES:
+        stop = gl.max(gl.where((m < row + 64) & (lo < hi), hi, 0), 0)
+        spared = gl.minimum(top - gl.maximum(gl.cdiv(stop, BLOCK_N) - 1, 0), count - 1)
     count = gl.where(row < stored, count, 0)
     return Task(
         index, row, h, b, batch_q, start_q, stored, used_q, batch_k, start_k, used_k,
-        top * BLOCK_N, count, span.full_start, span.full_stop,
+        top * BLOCK_N, count, span.full_start, span.full_stop, spared,
     )  # fmt: skip
 
 

@@ -6,30 +6,43 @@ Called from lanes.py with all N scores [N] that a thread holds, in MMA order: th
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# Sums beyond this may be of weights that fp32 cannot hold.
+_FAR = gl.constexpr(2.0**100)
+
 
 @gluon.jit
-def soften(s, first, second, scale2, slope, offsets):
-    """Weights exp2(s * scale2 - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and `second`,
-    or the rows' maxima where a warp has a sum that is large.
+def soften(s, first, second, limit, scale2, slope, offsets):
+    """Weights exp2(s * scale2 - base) [N], their sums [2] of each row, and the rows' bases [2]: `first` and `second`
+    until a warp has a sum over `limit`. Bases then go up to the sums, which need no maxima, and weights are divided; or
+    where that is far, bases go up to the rows' maxima, and scores are weighed again.
 
     Where there is a slope, scores have less offsets[i & 1] and slope more for each column past the first eight: a
     thread's columns are two of every eight.
     """
     COUNT: gl.constexpr = len(s)
     p, sums = _weigh(s, first, second, scale2, slope, offsets)
-    if _exceeds(gl.maximum(sums[0], sums[1]), 4096.0) != 0:
-        if slope is None:
-            most = _maxima(s)
-            most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
+    largest = gl.maximum(sums[0], sums[1])
+    if _exceeds(largest, limit) != 0:
+        old = (first, second)
+        if _exceeds(largest, _FAR) != 0:
+            if slope is None:
+                most = _maxima(s)
+                most = (_quad_max(most[0]) * scale2, _quad_max(most[1]) * scale2)
+            else:
+                scaled = ()
+                for i in gl.static_range(COUNT):
+                    scaled = scaled + (gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -offsets[i % 2])),)
+                most = _maxima(scaled)
+                most = (_quad_max(most[0]), _quad_max(most[1]))
+            first = gl.maximum(first, most[0])
+            second = gl.maximum(second, most[1])
+            p, sums = _weigh(s, first, second, scale2, slope, offsets)
         else:
-            scaled = ()
-            for i in gl.static_range(COUNT):
-                scaled = scaled + (gl.fma(s[i], scale2, gl.fma(slope, i // 4 * 8.0, -offsets[i % 2])),)
-            most = _maxima(scaled)
-            most = (_quad_max(most[0]), _quad_max(most[1]))
-        first = gl.maximum(first, most[0])
-        second = gl.maximum(second, most[1])
-        p, sums = _weigh(s, first, second, scale2, slope, offsets)
+            first += gl.maximum(gl.log2(_quad_max(sums[0])), 0.0)
+            second += gl.maximum(gl.log2(_quad_max(sums[1])), 0.0)
+            down = (gl.exp2(old[0] - first), gl.exp2(old[1] - second))
+            p = _divide(p, down)
+            sums = (sums[0] * down[0], sums[1] * down[1])
     return p, sums, (first, second)
 
 
@@ -74,6 +87,19 @@ def _weigh(s, first, second, scale2, slope, offsets):
     for i in gl.static_range(1, COUNT // 4):
         sums = (sums[0] + p[4 * i], sums[1] + p[4 * i + 1], sums[2] + p[4 * i + 2], sums[3] + p[4 * i + 3])
     return p, (sums[0] + sums[1], sums[2] + sums[3])
+
+
+@gluon.jit
+def _divide(p, down):
+    """Weights times the factors [2] of their rows. With `*` LLVM makes one vector of all, and a loop with head dim 64
+    takes it apart again for every tile (32 instructions of 390)."""
+    COUNT: gl.constexpr = len(p)
+    ASM: gl.constexpr = "mul.f32 $0, $1, $2;"
+    divided = ()
+    for i in gl.static_range(COUNT):
+        x = gl.inline_asm_elementwise(ASM, "=f,f,f", [p[i], down[i // 2 % 2]], dtype=gl.float32, is_pure=True, pack=1)
+        divided = divided + (x,)
+    return divided
 
 
 # Triton takes only "pure" code inside map_elementwise; what depends on it keeps it in its place.
