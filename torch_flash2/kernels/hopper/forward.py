@@ -129,6 +129,7 @@ def _width_out(problem: Problem, config: Config) -> int:
 
 def shape(problem: Problem, config: Config) -> Shape:
     """The compile-time numbers of a launch."""
+    tilted = "alibi" in problem.steps and any(isinstance(band, masks.Causal) for band in problem.mask.bands)
     return Shape(
         config.GROUPS,
         config.BLOCK_N,
@@ -140,7 +141,7 @@ def shape(problem: Problem, config: Config) -> Shape:
         triton.cdiv(problem.head_dim_v, config.WIDTH_V),
         _width_out(problem, config),
         problem.mask.bounds_left,
-        "alibi" in problem.steps and any(isinstance(band, masks.Causal) for band in problem.mask.bands),
+        tilted,
         problem.mask.align == "bottom-right",
         config.TURNS,
         config.LATE,
@@ -151,7 +152,7 @@ def shape(problem: Problem, config: Config) -> Shape:
         and not config.TURNS
         and config.BLOCK_N < 64 * config.GROUPS == 128
         and bool(problem.mask.bands),
-        LIMITS[problem.dtype],
+        LIMITS[problem.dtype] if tilted or max(problem.head_dim, problem.head_dim_v) > 64 else None,
     )
 
 

@@ -3,15 +3,14 @@
 Scalar functions for gl.map_elementwise: one call has all the elements that a thread holds of a tile, so its branch is
 a real one (a uniform tensor branch has no other form in Gluon). N elements x of an accumulator in MMA order, where
 elements 0 and 2 are of the thread's two rows, and the N factors a of those rows. Softmaxes have scores s, the bases b
-N times the factor k from scores to log2 units, and the limit m of a sum; where scores depend on the key's distance,
-N times ALiBi's slope t and the offsets o; results of which there are fewer than N stand there
-repeatedly.
+and N times the factor k from scores to log2 units and the limit m of a sum; where scores depend on the key's distance,
+N times ALiBi's slope t and the offsets o; results of which there are fewer than N stand there repeatedly.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .weights import soften, soften_in_place
+from .weights import soften, soften_by_maxima, soften_in_place
 
 
 @gluon.jit
@@ -356,6 +355,63 @@ def softmax64(
 
 
 @gluon.jit
+def softmax_by_maxima32(
+    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
+    s24, s25, s26, s27, s28, s29, s30, s31, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15,
+    b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28, b29, b30, b31, k0, k1, k2, k3, k4, k5, k6, k7,
+    k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30,
+    k31,
+):  # fmt: skip
+    s = (
+        s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
+        s24, s25, s26, s27, s28, s29, s30, s31,
+    )  # fmt: skip
+    p, t, b = soften_by_maxima(s, b0, b2, k0)
+    return (
+        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
+        p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
+        t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0],
+        t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], b[0], b[0], b[1], b[1],
+        b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0],
+        b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1],
+    )  # fmt: skip
+
+
+@gluon.jit
+def softmax_by_maxima64(
+    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
+    s24, s25, s26, s27, s28, s29, s30, s31, s32, s33, s34, s35, s36, s37, s38, s39, s40, s41, s42, s43, s44, s45,
+    s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63, b0, b1, b2, b3, b4, b5,
+    b6, b7, b8, b9, b10, b11, b12, b13, b14, b15, b16, b17, b18, b19, b20, b21, b22, b23, b24, b25, b26, b27, b28,
+    b29, b30, b31, b32, b33, b34, b35, b36, b37, b38, b39, b40, b41, b42, b43, b44, b45, b46, b47, b48, b49, b50,
+    b51, b52, b53, b54, b55, b56, b57, b58, b59, b60, b61, b62, b63, k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10,
+    k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23, k24, k25, k26, k27, k28, k29, k30, k31, k32,
+    k33, k34, k35, k36, k37, k38, k39, k40, k41, k42, k43, k44, k45, k46, k47, k48, k49, k50, k51, k52, k53, k54,
+    k55, k56, k57, k58, k59, k60, k61, k62, k63,
+):  # fmt: skip
+    s = (
+        s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
+        s24, s25, s26, s27, s28, s29, s30, s31, s32, s33, s34, s35, s36, s37, s38, s39, s40, s41, s42, s43, s44, s45,
+        s46, s47, s48, s49, s50, s51, s52, s53, s54, s55, s56, s57, s58, s59, s60, s61, s62, s63,
+    )  # fmt: skip
+    p, t, b = soften_by_maxima(s, b0, b2, k0)
+    return (
+        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], p[16],
+        p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30], p[31],
+        p[32], p[33], p[34], p[35], p[36], p[37], p[38], p[39], p[40], p[41], p[42], p[43], p[44], p[45], p[46],
+        p[47], p[48], p[49], p[50], p[51], p[52], p[53], p[54], p[55], p[56], p[57], p[58], p[59], p[60], p[61],
+        p[62], p[63], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1],
+        t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0],
+        t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1],
+        t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], t[0], t[0], t[1], t[1], b[0], b[0], b[1], b[1], b[0], b[0],
+        b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1],
+        b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0],
+        b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1], b[0], b[0], b[1], b[1],
+        b[0], b[0], b[1], b[1],
+    )  # fmt: skip
+
+
+@gluon.jit
 def softmax_in_place32(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, s16, s17, s18, s19, s20, s21, s22, s23,
     s24, s25, s26, s27, s28, s29, s30, s31, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14, b15,
@@ -499,6 +555,15 @@ def softmax(s, b, m, k):
         return gl.map_elementwise(softmax32, s, b, m, k, pack=32)
     if s.shape[1] == 128:
         return gl.map_elementwise(softmax64, s, b, m, k, pack=64)
+
+
+@gluon.jit
+def softmax_by_maxima(s, b, k):
+    """The same by weights.soften_by_maxima."""
+    if s.shape[1] == 64:
+        return gl.map_elementwise(softmax_by_maxima32, s, b, k, pack=32)
+    if s.shape[1] == 128:
+        return gl.map_elementwise(softmax_by_maxima64, s, b, k, pack=64)
 
 
 @gluon.jit

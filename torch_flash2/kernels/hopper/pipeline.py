@@ -30,7 +30,9 @@ class Shape(NamedTuple):
     queries; the columns of a tile and how many tiles side by side make D and Dv; the columns that a warpgroup stores at
     once; whether the bands bound keys on the left; whether the last step is ALiBi and no key after a row's own position
     is seen; alignment; whether warpgroups take turns, whether P waits in fp32 until the next product is issued,
-    whether tiles without a mask have a loop of their own, and whether queries are held in registers."""
+    whether tiles without a mask have a loop of their own, and whether queries are held in registers; whether the first
+    warpgroup leaves out tiles of keys that none of its rows sees; and beyond which sum bases go up to the sums, None
+    where they go up to maxima (weights.py)."""
 
     GROUPS: int
     BLOCK_N: int
@@ -49,7 +51,7 @@ class Shape(NamedTuple):
     APART: bool
     HELD: bool
     SPARES: bool
-    LIMIT: float
+    LIMIT: float | None
 
 
 class Inputs(NamedTuple):

@@ -171,15 +171,16 @@ def softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE: gl.constexpr, ST
     zero = gl.full([64, s.shape[1]], 0.0, gl.float32, s.type.layout)
     factor = zero + _factor(rule, SHAPE, STEPS)
     bases = spread(base, s)
-    limit = zero + SHAPE.LIMIT
     if SHAPE.TILTED:
         slope = _slope(steps, rule, STEPS)
         offsets = _offsets(s, n0, place, slope, SHAPE)
-        p, tile_sums, bases = lanes.softmax_tilted(s, bases, limit, factor, zero + slope, offsets)
+        p, tile_sums, bases = lanes.softmax_tilted(s, bases, zero + SHAPE.LIMIT, factor, zero + slope, offsets)
     elif SHAPE.GROUPS == 3:
         p, tile_sums, bases = lanes.softmax_in_place(s, bases, factor)
+    elif SHAPE.LIMIT is None:
+        p, tile_sums, bases = lanes.softmax_by_maxima(s, bases, factor)
     else:
-        p, tile_sums, bases = lanes.softmax(s, bases, limit, factor)
+        p, tile_sums, bases = lanes.softmax(s, bases, zero + SHAPE.LIMIT, factor)
     new_base = _most(bases)
     decay = gl.exp2(base - new_base)
     p = dropping.drop(p, dropping.kept(draw, n0, s.shape[1]))

@@ -47,6 +47,20 @@ def soften(s, first, second, limit, scale2, slope, offsets):
 
 
 @gluon.jit
+def soften_by_maxima(s, first, second, scale2):
+    """The same without a slope, where bases go up to the rows' maxima at once: less code. With head dim 64 and causal
+    masks a forward took 4 % less time so, with 128 as much (H200, 2026-11-21); data whose maxima grow with every tile
+    take 1.3 times as long."""
+    p, sums = _weigh(s, first, second, scale2, None, None)
+    if _exceeds(gl.maximum(sums[0], sums[1]), 4096.0) != 0:
+        most = _maxima(s)
+        first = gl.maximum(first, _quad_max(most[0]) * scale2)
+        second = gl.maximum(second, _quad_max(most[1]) * scale2)
+        p, sums = _weigh(s, first, second, scale2, None, None)
+    return p, sums, (first, second)
+
+
+@gluon.jit
 def soften_in_place(s, first, second, scale2):
     """The same from the rows' maxima, which move bases where a weight would be over 256. The scores need no registers
     beside the weights then: three warpgroups have none for both."""
