@@ -143,10 +143,11 @@ def loss_chart(rows: list[Row]) -> str:
 
 def context_parallel_table(rows: list[Row]) -> str:
     """Forward and backward over several GPUs, and how many times as fast as on one with the same kernels."""
-    alone = {row["provider"].removesuffix(" x1"): float(row["ms"]) for row in rows if row["provider"].endswith(" x1")}
+    # A case is one run, its rows on one GPU too.
+    alone = {(row["case"], row["provider"]): float(row["ms"]) for row in rows}
     lines = []
     for row in rows:
-        over = alone[row["provider"].partition(" ")[0]] / float(row["ms"])
+        over = alone[row["case"], row["provider"].partition(" ")[0] + " x1"] / float(row["ms"])
         lines.append([row["case"], row["provider"], f"{float(row['ms']):.1f}", row["tflops"], f"{over:.2f}"])
     return _table(["case", "kernels, GPUs, rotation", "ms", "TFLOP/s", "x one"], lines)
 

@@ -151,6 +151,20 @@ def test_reference_agrees_and_notices(name: str) -> None:
     assert reference.complaints(reference.errors(found))[0].startswith("key is off by nan")
 
 
+def test_each_run_over_several_gpus_stands_beside_its_own_one() -> None:
+    rows = [
+        {"case": case, "provider": f"torch_flash2 {how}", "ms": ms, "tflops": "1"}
+        for case, how, ms in (
+            ("x2", "x1", "200"),
+            ("x2", "x2 ring", "100"),
+            ("x4", "x1", "240"),
+            ("x4", "x4 ring", "60"),
+        )
+    ]
+    lines = report.context_parallel_table(rows).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["1.00", "2.00", "1.00", "4.00"]
+
+
 def test_dense_mask_of_peers_agrees() -> None:
     for name in ("window4096-16k", "documents8-16k", "padding-bert", "alibi-8k-d128"):
         case = shape(name)
