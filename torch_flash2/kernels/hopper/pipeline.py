@@ -195,7 +195,8 @@ def task_ring(READERS: gl.constexpr):
 
 @gluon.jit
 def ring_at(index, COUNT: gl.constexpr):
-    """Which of COUNT buffers the index-th use of a ring takes (index >= 0), and the phase of its "filled" barrier."""
+    """Which of COUNT buffers the index-th use of a ring takes, and the phase of its "filled" barrier; of index -1 some
+    buffer."""
     turn = gl.to_tensor(index).to(gl.uint32, bitcast=True)
     return (turn % COUNT).to(gl.int32, bitcast=True), ((turn // COUNT) & 1).to(gl.int32, bitcast=True)
 
