@@ -35,9 +35,9 @@ DIRECTIONS = ("forward", "backward")
 # Tensor memory that one block may have on sm100, in columns.
 TENSOR_MEMORY = 512
 _PACKED: dict[str, Any] = dict(lengths="packed_used", documents=(1.0, 0.5))
-# Hopper's kernels beside the portable ones: their head dims, and what they take of the mixes below, with more of each.
-# Hopper's backwards of their own, and the widest head dim of each.
+# Hopper's other backwards, and the widest head dim of each.
 WIDEST_BACKWARD = {"hopper-atomics": 128, "hopper-ordered": 64}
+# Hopper's kernels beside the portable ones: their head dims, and what they take of the mixes below, with more of each.
 HOPPER_DIMS = (64, 96, 128, 192, 256)
 HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents", "dropout")
 PORTABLE_MIXES = ("plain", "strided", "scores", "bias", "packed", "all")
