@@ -28,15 +28,19 @@ import machine_code  # noqa: E402
 from torch_flash2 import dispatch, hardware, problem, settings  # noqa: E402
 from torch_flash2.testing import DTYPES, Case  # noqa: E402
 
-KERNELS = ("triton", "hopper", "hopper-atomics", "hopper-ordered")
+# The Hopper kernels by the ways in which their backward sums dQ: what forces each, and the widest head dim it is for.
+SUMS: dict[str, tuple[dict[str, Any], int]] = {
+    "hopper": ({"atomics": False}, 256),
+    "hopper-atomics": ({"atomics": True}, 128),
+    "hopper-ordered": ({"atomics": True, "fused": {"ORDERED": True, "TASKS": 2}}, 64),
+}
+KERNELS = ("triton", *SUMS)
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 BUCKETS = (64, 128, 256, 512)
 DIRECTIONS = ("forward", "backward")
 # Tensor memory that one block may have on sm100, in columns.
 TENSOR_MEMORY = 512
 _PACKED: dict[str, Any] = dict(lengths="packed_used", documents=(1.0, 0.5))
-# Hopper's other backwards, and the widest head dim of each.
-WIDEST_BACKWARD = {"hopper-atomics": 128, "hopper-ordered": 64}
 # Hopper's kernels beside the portable ones: their head dims, and what they take of the mixes below, with more of each.
 HOPPER_DIMS = (64, 96, 128, 192, 256)
 HOPPER_MIXES = ("plain", "full", "left", "scores", "softcap", "documents", "dropout")
@@ -83,12 +87,11 @@ class Outcome(NamedTuple):
 def matrix() -> Iterator[Job]:
     """Every job."""
     yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, PORTABLE_MIXES, DIRECTIONS))
-    jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, KERNELS[1:])
+    jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, SUMS)
     for job in itertools.starmap(Job, jobs):
-        if job.kernel in WIDEST_BACKWARD:
-            if job.direction == "backward" and job.head_dim <= WIDEST_BACKWARD[job.kernel]:
-                yield job
-        else:
+        _, widest = SUMS[job.kernel]
+        # Forwards sum no dQ: once is enough.
+        if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= widest):
             yield job
 
 
@@ -141,13 +144,8 @@ def run_job(job: Job) -> list[Outcome]:
     segments = len(mix.get("documents", "12"))
     wide = 128 if job.head_dim == 192 and job.kernel != "triton" else job.head_dim
     case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, wide, job.dtype, **mix)
-    name, *sums = job.kernel.split("-")
-    config: dict[str, Any] | None = None
-    if name == "hopper" and job.direction == "backward":
-        config = {"atomics": bool(sums)}
-        if sums == ["ordered"]:
-            config["fused"] = {"ORDERED": True, "TASKS": 2}
-    force = dispatch.encode_force(name, config)
+    config = SUMS[job.kernel][0] if job.kernel in SUMS and job.direction == "backward" else None
+    force = dispatch.encode_force(job.kernel.partition("-")[0], config)
     try:
         found, kernels = compile_case(case, job.direction, job.arch, force)
     except dispatch.UnsupportedError as error:
@@ -162,7 +160,7 @@ def run_job(job: Job) -> list[Outcome]:
         over = f"shared memory {shared} of {limit}" if shared > limit else ""
         if tensor > TENSOR_MEMORY:
             over += f" tensor memory {tensor} of {TENSOR_MEMORY}"
-        if name == "hopper":
+        if job.kernel in SUMS:
             over += " ".join([*machine_code.unused_barriers(kernel), *machine_code.unset_registers(kernel)[:3]])
         outcomes.append(Outcome(job, kernel.name, shared, over))
     return outcomes

@@ -251,23 +251,15 @@ def test_a_tile_of_keys_waits_for_the_next_one_alone(
             assert waits == (row in following)
 
 
-KINDS: dict[str, dict[str, Any]] = {
-    "pair": {"atomics": False},
-    "atomics": {"atomics": True},
-    "ordered": {"atomics": True, "fused": {"ORDERED": True, "TASKS": 2}},
-}
-
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=compile_all.SUMS)
 def force(request: pytest.FixtureRequest) -> Any:
     """The Hopper kernels, with or without atomics, in one order or not."""
     case = request.node.callspec.params.get("case")
     wide = request.node.callspec.params.get("head_dim", 0) if case is None else max(case.head_dim, case.head_dim_v)
-    if request.param != "pair" and wide > 128:
-        pytest.skip("atomics are for head dims up to 128")
-    if request.param == "ordered" and wide > 64:
-        pytest.skip("additions have an order for head dims up to 64")
-    with torch_flash2.force("hopper", KINDS[request.param]):
+    config, widest = compile_all.SUMS[request.param]
+    if wide > widest:
+        pytest.skip(f"{request.param} is for head dims up to {widest}")
+    with torch_flash2.force("hopper", config):
         yield
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import compile_all
 import pytest
 import torch
 
@@ -81,18 +82,10 @@ def same_each_time(calls: dict[str, Repeated]) -> None:
                         assert torch.equal(found, expected), (name, i, pause)
 
 
-# Of the Hopper backward: how dQ is summed, and the head dims that have it.
-SUMS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "": ({"atomics": False}, (64, 128, 256)),
-    "atomics": ({"atomics": True}, (64, 128)),
-    "ordered": ({"atomics": True, "fused": {"ORDERED": True, "TASKS": 2}}, (64,)),
-}
-
-
 def gradients(
-    inputs: list[torch.Tensor], grad: torch.Tensor, mask: str | None, kernel: str, config: dict[str, Any]
+    inputs: list[torch.Tensor], grad: torch.Tensor, mask: str | None, kernel: str, config: dict[str, Any] | None
 ) -> Any:
-    with torch_flash2.force(kernel, config if kernel == "hopper" else None):
+    with torch_flash2.force(kernel, config):
         leaves = [x.detach().requires_grad_() for x in inputs]
         out, lse = torch_flash2.attention(*leaves, mask, return_lse=True)
         torch.cuda.synchronize()
@@ -104,14 +97,14 @@ def attended(inputs: list[torch.Tensor], mask: str | None, kernel: str) -> Any:
         return torch_flash2.attention(*inputs, mask, return_lse=True)
 
 
-@pytest.mark.parametrize("kernel", ["hopper", "hopper atomics", "hopper ordered", "triton"])
+@pytest.mark.parametrize("kernel", compile_all.KERNELS)
 def test_forward_and_backward(kernel: str) -> None:
-    name, _, sums = kernel.partition(" ")
-    config, head_dims = SUMS[sums]
+    name, _, sums = kernel.partition("-")
+    config, widest = compile_all.SUMS.get(kernel, (None, 256))
     if name == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("a Hopper kernel")
     calls: dict[str, Repeated] = {}
-    for head_dim in head_dims:
+    for head_dim in (dim for dim in (64, 128, 256) if dim <= widest):
         shape = 2, 768 // head_dim, 8192, head_dim
         inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         for mask in (None, "causal"):

@@ -20,10 +20,9 @@ from .backward_pipeline import (
     freed,
     key_place,
     key_task,
-    put_field,
     put_key_task,
 )
-from .pipeline import barrier_asm, field, load_tiles
+from .pipeline import barrier_asm, field, load_tiles, put_field
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .backward_pipeline import KeyPlace, advance, free_key_task, get_key_task, key_task
+from .backward_pipeline import KeyPlace, advance, filled, free_key_task, freed, get_key_task, key_task
 from .pipeline import FIELDS, barriers, field, tasks_of
 
 # Behind a KeyTask's numbers: what `added_before` gives.
@@ -24,13 +24,14 @@ TURNS = gl.constexpr(4)
 
 
 class Additions(NamedTuple):
-    """For each tile of sums the number of the tile of keys that was added last, and barriers of TURNS turns: that it is
-    this program's turn, that its additions are under way, and that they have arrived."""
+    """For each tile of sums the number of the tile of keys that was added last; and of TURNS turns, with barriers as a
+    ring has them, that it is this program's turn (filled), that its additions are under way (made), and that they have
+    arrived (free)."""
 
     added: Any
-    turn: Any
+    filled: Any
     made: Any
-    said: Any
+    free: Any
 
 
 @gluon.jit
@@ -62,7 +63,7 @@ def sums_number(h, tile, task, rule, BLOCK_M: gl.constexpr):
 @gluon.jit
 def await_turn(additions, j):
     """Wait until the j-th tile of rows may be added to."""
-    mbarrier.wait(additions.turn.index(j % TURNS), (j // TURNS) & 1)
+    filled(additions, j, TURNS)
 
 
 @gluon.jit
@@ -98,16 +99,15 @@ def _keep_order(SAYS: gl.constexpr, first, slot, task, tasks, rule, SHAPE: gl.co
     for j in range(first, first + task.count * rule.sizes.group):
         tile = task.start // BLOCK_M + i
         place = additions.added + sums_number(h, tile, task, rule, BLOCK_M)
-        phase = (j // TURNS) & 1
         if SAYS:
-            mbarrier.wait(additions.made.index(j % TURNS), phase)
+            mbarrier.wait(additions.made.index(j % TURNS), (j // TURNS) & 1)
             _say(place, number)
-            mbarrier.arrive(additions.said.index(j % TURNS))
+            mbarrier.arrive(additions.free.index(j % TURNS))
         else:
-            mbarrier.wait(additions.said.index(j % TURNS), phase ^ 1)
+            freed(additions, j, TURNS)
             if tile * BLOCK_M >= before:
                 _await(place, number + 1)
-            mbarrier.arrive(additions.turn.index(j % TURNS))
+            mbarrier.arrive(additions.filled.index(j % TURNS))
         h, i = advance(h, i, task, SHAPE)
 
 

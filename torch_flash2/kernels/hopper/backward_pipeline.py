@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..bundles import Rows
 from ..device import bands, scores, tiles
 from . import compat
-from .pipeline import FIELDS, Ring, barriers, field, matrix, placed, ring_barriers
+from .pipeline import FIELDS, Ring, barriers, field, matrix, placed, put_field, ring_barriers
 
 
 class BackwardShape(NamedTuple):
@@ -242,13 +242,6 @@ def key_task(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.cons
 def integers(COUNT: gl.constexpr, LENGTH: gl.constexpr):
     """COUNT vectors of LENGTH int32 in shared memory."""
     return gl.allocate_shared_memory(gl.int32, [COUNT, LENGTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.jit
-def put_field(ring, at, value):
-    """Write one number of a task (one warp) that is not handed on yet."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    ring.data.index(at).store(gl.full([1], 0, gl.int32, L) + value)
 
 
 @gluon.jit

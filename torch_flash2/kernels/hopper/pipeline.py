@@ -202,13 +202,19 @@ def ring_at(index, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def put_field(ring, at, value):
+    """Write one number of a task (one warp) that is not handed on yet."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    ring.data.index(at).store(gl.full([1], 0, gl.int32, L) + value)
+
+
+@gluon.jit
 def put_task(ring, index, task):
     """Hand on the index-th task (one warp), once its place in the ring is free."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     slot = index % TASKS
     mbarrier.wait(ring.free.index(slot), ((index // TASKS) & 1) ^ 1)
     for i in gl.static_range(len(task)):
-        ring.data.index(slot * 16 + i).store(gl.full([1], 0, gl.int32, L) + task[i])
+        put_field(ring, slot * 16 + i, task[i])
     mbarrier.arrive(ring.filled.index(slot))
 
 

@@ -48,9 +48,9 @@ def soften(s, first, second, limit, scale2, slope, offsets):
 
 @gluon.jit
 def soften_by_maxima(s, first, second, scale2):
-    """The same without a slope, where bases go up to the rows' maxima at once: less code. With head dim 64 and causal
-    masks a forward took 4 % less time so, with 128 as much (H200, 2026-11-21); data whose maxima grow with every tile
-    take 1.3 times as long."""
+    """The same without a slope, where bases go up to the rows' maxima at once: less code. With head dim 64 and a causal
+    mask a forward was 4 % faster so beside FlashAttention-3, with 128 hardly; there data whose maxima grow with every
+    tile took 1.3 times as long (H200, 2026-11-21)."""
     p, sums = _weigh(s, first, second, scale2, None, None)
     if _exceeds(gl.maximum(sums[0], sums[1]), 4096.0) != 0:
         most = _maxima(s)

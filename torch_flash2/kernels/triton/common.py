@@ -48,6 +48,26 @@ def load_and_score(
     return k, run_steps(s, n0 + tl.arange(0, MODE.BLOCK_N), tile, head, STEPS)
 
 
+@triton.constexpr_function
+def turned(dtype, precision):
+    """Whether careful paths have products of 16 columns transposed: of 16-bit ones [BLOCK_M, 16] by warp groups, Triton
+    3.6 reads shared memory out of range (H200, 2026-11-21)."""
+    return dtype.primitive_bitwidth == 16 or precision in ("bf16x6", "bf16x3")
+
+
+@triton.jit
+def add_columns(acc, taint, weights, part, visible, bad, TURNED: tl.constexpr, MODE: tl.constexpr):
+    """acc + weights part, for 16 columns [BLOCK_N, 16] of keys or values, and how many that are `bad` each row sees:
+    both [BLOCK_M, 16], or TURNED."""
+    if TURNED:
+        acc = tl.dot(part.T, weights.to(part.dtype).T, acc, input_precision=MODE.PRECISION)
+        taint = tl.dot(bad.to(part.dtype).T, visible.to(part.dtype).T, taint)
+    else:
+        acc = tl.dot(weights.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
+        taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
+    return acc, taint
+
+
 @triton.jit
 def attend_carefully(
     out, stored, lse2, q, q_rest, keys, keys_rest, values, tile, start, stop, head, inverse_keep,
@@ -65,9 +85,7 @@ def attend_carefully(
     lse2 = tl.where(lse2 == -float("inf"), float("inf"), lse2)
     pointers = out[0]
     cols = values.x.cols
-    # Of 16-bit products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200, 2026-11-21).
-    BITS: tl.constexpr = values.x.ptr.dtype.element_ty.primitive_bitwidth
-    TURNED: tl.constexpr = BITS == 16 or MODE.PRECISION == "bf16x6" or MODE.PRECISION == "bf16x3"
+    TURNED: tl.constexpr = turned(values.x.ptr.dtype.element_ty, MODE.PRECISION)
     for column in tl.range(0, cols, 16, num_stages=1):
         acc = tl.zeros([16, BLOCK_M] if TURNED else [BLOCK_M, 16], tl.float32)
         taint = tl.zeros([16, BLOCK_M] if TURNED else [BLOCK_M, 16], tl.float32)
@@ -82,12 +100,7 @@ def attend_carefully(
                 )
             v = tiles.load_key_columns(values, pages, n0, tile.N, column, MODE.BLOCK_N, 16, MODE.PAGE)
             v, bad = tiles.finite(v)
-            if TURNED:
-                acc = tl.dot(v.T, p.to(v.dtype).T, acc, input_precision=MODE.PRECISION)
-                taint = tl.dot(bad.to(v.dtype).T, visible.to(v.dtype).T, taint)
-            else:
-                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=MODE.PRECISION)
-                taint = tl.dot(visible.to(v.dtype), bad.to(v.dtype), taint)
+            acc, taint = add_columns(acc, taint, p, v, visible, bad, TURNED, MODE)
         found = tl.where(taint > 0, float("nan"), acc)
         c = column + tl.arange(0, 16)
         tl.store(

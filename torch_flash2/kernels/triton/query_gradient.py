@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..bundles import Dropout, Head, Rows
 from ..device import bands, philox, scores, tiles
-from .common import load_stats, query_tile, score_gradient, sums_of, visible_keys
+from .common import add_columns, load_stats, query_tile, score_gradient, sums_of, turned, visible_keys
 
 
 @triton.jit
@@ -57,9 +57,7 @@ def _accumulate_carefully(
     Sixteen columns at a time, because registers that this path needs would be spilled in the main loops.
     """
     BLOCK_M: tl.constexpr = MODE.BLOCK_M
-    # Of 16-bit products [BLOCK_M, 16] by warp groups, Triton 3.6 reads shared memory out of range (H200, 2026-11-21).
-    BITS: tl.constexpr = keys.x.ptr.dtype.element_ty.primitive_bitwidth
-    TURNED: tl.constexpr = BITS == 16 or MODE.PRECISION == "bf16x6" or MODE.PRECISION == "bf16x3"
+    TURNED: tl.constexpr = turned(keys.x.ptr.dtype.element_ty, MODE.PRECISION)
     q = tiles.load_pieces(q_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_D, MODE)
     do = tiles.load_pieces(do_rows, place.row, tile.M, True, BLOCK_M, MODE.BLOCK_DV, MODE)
     for column in tl.range(0, grad.x.cols, 16, num_stages=1):
@@ -87,12 +85,7 @@ def _accumulate_carefully(
             )
             part, bad = tiles.finite(tiles.load_rows(keys, n0, tile.N, True, MODE.BLOCK_N, 16, True, column))
             visible = visible_keys(tile, n0 + tl.arange(0, MODE.BLOCK_N), head.dense, MODE.LEFT)
-            if TURNED:
-                acc = tl.dot(part.T, ds.to(part.dtype).T, acc, input_precision=MODE.PRECISION)
-                taint = tl.dot(bad.to(part.dtype).T, visible.to(part.dtype).T, taint)
-            else:
-                acc = tl.dot(ds.to(part.dtype), part, acc, input_precision=MODE.PRECISION)
-                taint = tl.dot(visible.to(part.dtype), bad.to(part.dtype), taint)
+            acc, taint = add_columns(acc, taint, ds, part, visible, bad, TURNED, MODE)
         acc = tl.where(taint > 0, float("nan"), acc * scoring.scale)
         tiles.store_columns(grad, place.row, tile.M, column, acc.T if TURNED else acc, BLOCK_M, 16)
 
