@@ -136,8 +136,9 @@ def _line(address: int, text: str) -> _Line:
             # Descriptors of both operands; of the right one alone where the left one is in registers.
             count, first = 4, 2 if re.match(r"R\d", parts[1]) else 0
         elif name.startswith("UTMA"):
-            # Shared memory and barrier, then a coordinate for each dimension.
-            count = 2 + int(next(x[0] for x in suffixes if x[1:] == "D")) if i == 0 and "D" in operation[-2:] else 2
+            # Shared memory, of loads a barrier, then a coordinate for each dimension.
+            dimensions = [int(x[0]) for x in suffixes if x[1:] == "D"]
+            count = (2 if name == "UTMALDG" else 1) + dimensions[0] if i == 0 and dimensions else 2
         elif name == "SYNCS":
             count = 2 if i == 2 and "EXCH" in suffixes else 1
         else:

@@ -77,7 +77,7 @@ def test_main_loops(width: tuple[int, int], feature: str, atomics: bool) -> None
         assert len(loops) == chosen.GROUPS, f"each warpgroup has one loop of {products} tensor core instructions"
         _few_spills(loops)
     loops = _keys_loops(width, config.fused if atomics else config.keys, kernels["backward_keys"], atomics)
-    if atomics and feature not in ("scores", "dropout"):
+    if atomics and feature not in ("scores", "dropout") and not config.fused.CARRIED:
         _no_late_loads(loops, config.fused)
 
 
@@ -88,6 +88,20 @@ def test_main_loops_where_programs_claim_tasks(head_dim: int, seqlen: int) -> No
     assert config.fused.TASKS == 2
     loops = _keys_loops((head_dim, head_dim), config.fused, kernels["backward_keys"], True)
     _no_late_loads(loops, config.fused)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("feature", "carried"), [("causal", True), ("full", True), ("packed", False)])
+def test_tma_adds_to_sums(feature: str, carried: bool) -> None:
+    """Where it does, warpgroups of dK and dV add nothing themselves, and none of them waits for what they stored."""
+    config, kernels = compiled((128, 128), feature, True)
+    assert config.fused.CARRIED == carried
+    found, _ = instructions(kernels["backward_keys"])
+    loops = _keys_loops((128, 128), config.fused, kernels["backward_keys"], True)
+    assert (count(found, "UTMAREDG") > 0) == carried
+    assert [count(loop, "RED") for loop in loops] == [0 if carried else 16] * 2
+    # One for each body: that of dS.
+    assert not carried or [count(loop, "FENCE.VIEW.ASYNC") for loop in loops] == [2, 2]
 
 
 @pytest.mark.compile
@@ -180,14 +194,30 @@ def test_few_tiles_do_not_pay_for_an_order() -> None:
     assert not ordered(1, 8, 8192, "causal") and not ordered(1, 2, 65536, "full")
 
 
-def test_an_order_wants_a_warpgroup_and_claims() -> None:
+def test_additions_that_no_kernel_makes() -> None:
     posed, _ = compile_all.posed(Case("x", 8, 8, 8, 4096, 4096, 128, 128, "bf16"), "backward", "sm90")
     for config, reason in (
         ({"atomics": True, "fused": {"ORDERED": True}}, "a warpgroup of its own makes them and programs claim tasks"),
         ({"keys": {"ORDERED": True}}, "additions have an order in the kernel with atomics alone"),
+        ({"keys": {"CARRIED": True}}, "TMA adds in the kernel with atomics alone"),
+        ({"atomics": True, "fused": {"TASKS": 2}}, "TMA adds where S of the next tile is issued early"),
     ):
         with pytest.raises(dispatch.UnsupportedError, match=reason):
             dispatch.select(posed, dispatch.encode_force("hopper", config))
+
+
+def test_tma_adds_where_shared_memory_has_room() -> None:
+    """With one task a program, without score steps, dropout and lengths, and where TMA can count the sums."""
+
+    def carried(seqlen: int, mask: str = "causal", **features: Any) -> bool:
+        case = Case("x", features.pop("B", 2), 8, 8, seqlen, seqlen, 128, 128, "bf16", mask, **features)
+        posed, _ = compile_all.posed(case, "backward", "sm90")
+        return bool(dispatch.select(posed, "hopper").config.fused.CARRIED)
+
+    assert carried(4096) and carried(2048, "full") and carried(1024, "window(256, 0)") and not carried(1024)
+    assert not carried(4096, softcap=30.0) and not carried(4096, dropout_p=0.1)
+    assert not carried(4096, documents=(1.0, 0.5), lengths="packed")
+    assert carried(1 << 20, B=1) and not carried(1 << 20)
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(192, 128), (256, 256)])

@@ -34,8 +34,9 @@ class Config(NamedTuple):
     output gradients or values, the columns of a tile of D and of Dv; of dK and dV, whether two warpgroups share 64
     keys, whether S of the next tile is issued before dS of this one, whether dQ's products have a warpgroup of their
     own; how many times 64 columns of keys and of values (for dQ of output gradients) stay in registers too; of how many
-    tasks keys and values are on the chip: 2 where programs claim tasks, one after the other; and whether atomic
-    additions to a row of dQ have one order. For dQ, `AHEAD` is S of the next tile too."""
+    tasks keys and values are on the chip: 2 where programs claim tasks, one after the other; whether atomic additions
+    to a row of dQ have one order; and whether a warp of its own has TMA make them, from shared memory. For dQ, `AHEAD`
+    is S of the next tile too."""
 
     GROUPS: int
     BLOCK: int
@@ -50,6 +51,7 @@ class Config(NamedTuple):
     KEPT_V: int = 0
     TASKS: int = 1
     ORDERED: bool = False
+    CARRIED: bool = False
 
 
 class BackwardConfig(NamedTuple):
@@ -100,14 +102,19 @@ def config(problem: Problem) -> BackwardConfig:
     share = 2 if problem.mask.bands else 1
     if problem.lengths:
         # Between these products rows past a document's end are cleared, and ptxas has them wait for one another.
-        fused = fused._replace(AHEAD=False)
+        fused = fused._replace(AHEAD=False, CARRIED=False)
     if problem.steps or problem.dropout:
         # They take the registers of operands kept there, and of the next tile's products.
-        fused = fused._replace(KEPT=0, KEPT_V=0, AHEAD=False)
-    elif not _stops_early(problem):
+        fused = fused._replace(KEPT=0, KEPT_V=0, AHEAD=False, CARRIED=False)
+    elif _stops_early(problem):
+        fused = fused._replace(**row["stopping"]) if fused.CARRIED else fused
+    else:
         # Where tasks are short, what comes before and after one takes its share: it goes on beside another task.
         rows = problem.seqlen_q * problem.group
         fused = fused._replace(**next((c["changes"] for c in row["claimed"] if rows <= c["rows"] * share), {}))
+    if problem.batch * problem.heads * (problem.seqlen_q + 256) * fused.WIDTH_D >= 2**31:
+        # More sums than TMA can count.
+        fused = fused._replace(CARRIED=False)
     # Sums cost by the row, a second kernel by the key that a row sees; of some score steps accumulators would spill.
     pays = problem.seqlen_k >= row["fused_keys"] * share and set(problem.steps) <= set(row["fused_steps"])
     if problem.deterministic:
@@ -142,6 +149,12 @@ def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
         yield "additions have an order in the kernel with atomics alone"
     if config.fused is not None and config.fused.ORDERED and not (config.fused.APART and config.fused.TASKS > 1):
         yield "additions have an order where a warpgroup of its own makes them and programs claim tasks"
+    if config.keys.CARRIED:
+        yield "TMA adds in the kernel with atomics alone"
+    if config.fused is not None and config.fused.CARRIED and (not config.fused.AHEAD or config.fused.TASKS > 1):
+        yield "TMA adds where S of the next tile is issued early and each program has one task"
+    if config.fused is not None and config.fused.CARRIED and (problem.lengths or problem.steps or problem.dropout):
+        yield "TMA adds where there are no lengths, score steps or dropout"
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:
@@ -149,8 +162,11 @@ def candidates(problem: Problem) -> Iterator[BackwardConfig]:
     base = config(problem)
     if base.fused is not None and base.atomics:
         for stages, stages_v, tasks in ((2, 2, 1), (2, 4, 1), (3, 3, 1), (4, 2, 1), (4, 4, 1), (2, 2, 2), (4, 4, 2)):
-            fused = base.fused._replace(STAGES=stages, STAGES_V=stages_v, TASKS=tasks)
+            fused = base.fused._replace(STAGES=stages, STAGES_V=stages_v, TASKS=tasks, CARRIED=False)
             yield base._replace(fused=fused)
+        if base.fused.CARRIED:
+            for stages in (3, 4):
+                yield base._replace(fused=base.fused._replace(STAGES=stages))
     for block in (64, 128):
         for stages in (2, 3):
             buffers = {"STAGES": stages, "STAGES_V": stages}
@@ -177,6 +193,7 @@ def _shape(problem: Problem, config: Config) -> BackwardShape:
         config.KEPT,
         config.KEPT_V,
         config.TASKS,
+        config.CARRIED,
     )
 
 
@@ -249,14 +266,15 @@ def _launch_keys(
     if config.ORDERED:
         assert counter is not None
         added = sums.view(torch.int32)[_tiles(problem, call, config.BLOCK) * config.BLOCK * config.WIDTH_D :]
+    order = tuple(map(coded, (*calls.key_order(problem, call, keys, config.ORDERED), programs)))
     arguments = (
         *_inputs(config, call, grad_out, config.BLOCK, 64),
         # delta lies behind lse2.
         TensorDescriptor(stats.lse2, [2 * stats.lse2.numel()], [1], [config.BLOCK], vector),
         descriptor(key, 64, config.WIDTH_D),
         descriptor(value, 64, config.WIDTH_V),
-        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter, added),
-        tuple(map(coded, (*calls.key_order(problem, call, keys, config.ORDERED), programs))),
+        _sums_by_tma(sums, config) if sums is not None and config.CARRIED else None,
+        KeyOutputs(Strided.of(key), Strided.of(value), stats, sums, counter, added, order),
         *launching.bundle(problem, call),
         _shape(problem, config),
         launching.steps(problem),
@@ -272,6 +290,12 @@ def _sums(problem: Problem, config: Config, call: Call) -> torch.Tensor:
     each = config.BLOCK * config.WIDTH_D + config.ORDERED
     size = triton.cdiv(_tiles(problem, call, config.BLOCK) * each + 4, CLEARED.value) * CLEARED.value
     return torch.empty(size, dtype=torch.float32, device=call.query.device)
+
+
+def _sums_by_tma(sums: torch.Tensor, config: Config) -> TensorDescriptor:
+    """dQ's sums, in parts that a warpgroup makes."""
+    part = config.BLOCK * config.WIDTH_D // config.GROUPS
+    return TensorDescriptor(sums, [sums.numel()], [1], [part], gl.NVMMASharedLayout(0, 32, 1))
 
 
 def _finish_queries(

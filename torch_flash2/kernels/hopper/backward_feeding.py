@@ -98,7 +98,7 @@ def _load_rows(inputs, stats, streams, first, task, rule, SHAPE: gl.constexpr):
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
     # Bytes of each of lse2 and delta that come by TMA.
     VECTOR: gl.constexpr = 4 if rule.spans.cu_q is None else 0
-    q, do, lse2, delta, _ = streams
+    q, do, lse2, delta, _, _ = streams
     h = task.h * rule.sizes.group
     i = task.count * 0
     for j in range(first, first + task.count * rule.sizes.group):
@@ -174,7 +174,7 @@ def clean_rows(j, m0, streams, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr
     """Where a tile of rows reaches past its document or into padding: 0 there, whatever is stored, for 0 * NaN is
     NaN. The first warpgroup cleans the queries, the second the output gradients."""
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
-    q, do, lse2, delta, _ = streams
+    q, do, lse2, delta, _, _ = streams
     if m0 + BLOCK_M > task.used_q:
         filled(do, j, SHAPE.STAGES_V)
         if WG == 0:

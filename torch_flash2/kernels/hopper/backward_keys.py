@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..device import tiles
 from . import compat, dropping
 from .backward_feeding import clean_rows, masked_rows, meet, next_turn, produce, vector
-from .backward_order import additions_to, await_turn, end_turn, keep_order, sums_number
+from .backward_order import additions_to, await_turn, end_turn, keep_order
 from .backward_pipeline import (
     BackwardInputs,
     BackwardRule,
@@ -28,7 +28,6 @@ from .backward_pipeline import (
     KeyTasks,
     Streams,
     accumulate,
-    add_tile,
     advance,
     filled,
     free_key_task,
@@ -47,6 +46,7 @@ from .backward_pipeline import (
     view,
 )
 from .backward_shared import consume_scores, consume_values
+from .backward_sums import Leaving, add_tile, carry_sums, in_register_order, sums_tile
 from .pipeline import Ring, landed, landed_beside, matrix, operand, ring_barriers, steps_of, zeros
 
 
@@ -61,21 +61,17 @@ def _query_gradient(ds, j, k, home, exchange, WG: gl.constexpr, SHAPE: gl.conste
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     first = j % 2 * GROUPS
     exchange.index(first + WG).store(ds)
-    fence_async_shared()
-    meet(128 * GROUPS)
+    if SHAPE.CARRIED:
+        meet(128 * GROUPS)
+        fence_async_shared()
+    else:
+        fence_async_shared()
+        meet(128 * GROUPS)
     dq = gl.zeros([BLOCK_M, COLS], gl.float32, ACC)
     for g in gl.static_range(GROUPS):
         keys = view(k.data, home + g, 64, WIDTH_D).slice(WG * COLS, COLS, dim=1)
         dq = warpgroup_mma(exchange.index(first + g).permute((1, 0)), keys, dq, use_acc=g > 0, is_async=True)
     return dq
-
-
-@gluon.jit
-def _sums_tile(h, tile, task, rule, SHAPE: gl.constexpr):
-    """Where the sums of dQ of a tile of rows of head h begin."""
-    BLOCK_M: gl.constexpr = SHAPE.BLOCK
-    number = sums_number(h, tile, task, rule, BLOCK_M)
-    return rule.aside + gl.cast(number, gl.int64) * (BLOCK_M * SHAPE.WIDTH_D)
 
 
 @gluon.jit
@@ -123,7 +119,7 @@ def _sum_task(first, slot, exchange, k, task, rule, SHAPE: gl.constexpr):
         mbarrier.arrive(exchange.free.index(j % 2))
         if rule.additions is not None:
             await_turn(rule.additions, j)
-        add_tile(_sums_tile(h, tile, task, rule, SHAPE), dq, BLOCK_M, WIDTH_D)
+        add_tile(sums_tile(h, tile, task, rule, SHAPE), dq, BLOCK_M, WIDTH_D)
         if rule.additions is not None:
             end_turn(rule.additions, j)
         h, i = advance(h, i, task, SHAPE)
@@ -159,7 +155,7 @@ def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
     LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
-    q, do, lse2s, deltas, exchange = streams
+    q, do, lse2s, deltas, exchange, _ = streams
     k, v, tasks = fixed
     DTYPE: gl.constexpr = q.data.dtype
     slot = j % SHAPE.STAGES
@@ -228,7 +224,7 @@ def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG
     dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot * CHUNKS_D, dk, BLOCK_M, WIDTH_D, CHUNKS_D)
     if SHARED_SUMS:
         dq, dv = landed_beside(dq, dv, CHUNKS_D)
-        add_tile(_sums_tile(h, m0 // BLOCK_M, task, rule, SHAPE) + WG * (BLOCK_M * COLS), dq, BLOCK_M, COLS)
+        add_tile(sums_tile(h, m0 // BLOCK_M, task, rule, SHAPE) + WG * (BLOCK_M * COLS), dq, BLOCK_M, COLS)
         if SHAPE.AHEAD:
             # S of the next tile behind dK: where dQ was there are registers for it now.
             ahead = _await_next(j, then, streams, task, rule, WG, SHAPE)
@@ -242,6 +238,63 @@ def _step(at, now, dk, dv, following, kept, draw, streams, fixed, task, rule, WG
         dk = landed(dk, 0)
     mbarrier.arrive(q.free.index(slot))
     return dk, dv, following, then
+
+
+@gluon.jit
+def _step_carried(at, dk, dv, s, streams, fixed, task, rule, WG: gl.constexpr, MASKED: gl.constexpr,
+                  SHAPE: gl.constexpr):  # fmt: skip
+    """`_step` where another warp has TMA add dQ's products to the sums. The tile's S comes in, that of the next one
+    comes back.
+
+    Additions from registers (`add_tile`) keep these until memory has taken them, 64 bytes a clock, and all that reads
+    or writes shared memory waits behind them. With them a turn takes 3820 cycles, of which tensor cores work 2560, so
+    3600 (ncu, H200, 2026-11-21).
+    """
+    j, h, m0, first, home = at
+    BLOCK_M: gl.constexpr = SHAPE.BLOCK
+    WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
+    WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
+    GROUPS: gl.constexpr = SHAPE.GROUPS
+    COLS: gl.constexpr = WIDTH_D // GROUPS
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(0, S)
+    q, do, lse2s, deltas, exchange, leaving = streams
+    k, v, tasks = fixed
+    DTYPE: gl.constexpr = q.data.dtype
+    slot = j % SHAPE.STAGES
+    slot_v = j % SHAPE.STAGES_V
+    m = m0 + gl.arange(0, BLOCK_M, layout=ROWS)
+    # Never anything but 0, which the compiler does not know: addresses of tiles that stay would take registers.
+    again = gl.minimum(m0, 0)
+    mine = home * GROUPS + WG + again
+    # Before dP, which takes all that shared memory can give; the exponentials wait for it, and so dP begins first.
+    lse2 = vector(lse2s, j, rule, SHAPE.STAGES, ROWS)
+    filled(do, j, SHAPE.STAGES_V)
+    then = next_turn(j, h, m0, first, home, tasks, rule, SHAPE)
+    dp = scores_of((), v, mine, do, slot_v, BLOCK_M, WIDTH_V, 1)
+    p = gl.exp2(s * rule.scoring.scale2 - lse2[None, :])
+    if MASKED:
+        p = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), p, 0.0)
+    dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v, dv, BLOCK_M, WIDTH_V, 1)
+    # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
+    filled(do, j, SHAPE.STAGES_V)
+    dp = warpgroup_mma_wait(1, (dp,))
+    ds = p * (dp - vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
+    if MASKED:
+        # A masked value may be NaN, and 0 * NaN is NaN.
+        ds = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), ds, 0.0)
+    ds = ds.to(DTYPE)
+    dq = _query_gradient(ds, j, k, home * GROUPS + again, exchange, WG, SHAPE)
+    dk = accumulate(operand(ds, WIDTH_D, DTYPE), q.data, slot, dk, BLOCK_M, WIDTH_D, 1)
+    ahead = _await_next(j, then, streams, task, rule, WG, SHAPE)
+    dq, dv = landed_beside(dq, dv, 1)
+    mbarrier.wait(leaving.free.index(WG), (j & 1) ^ 1)
+    leaving.data.index(WG).store(in_register_order(dq, BLOCK_M, COLS))
+    mbarrier.arrive(leaving.filled.index(WG))
+    s = scores_of((), k, mine, q, ahead, BLOCK_M, WIDTH_D, 1)
+    s, dk = landed_beside(s, dk, 0)
+    mbarrier.arrive(q.free.index(slot))
+    return dk, dv, s, then
 
 
 @gluon.jit
@@ -279,7 +332,7 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
-    q, _, _, _, exchange = streams
+    q, _, _, _, exchange, _ = streams
     k, v, _ = fixed
     dk = zeros(WIDTH_D, CHUNKS_D)
     dv = zeros(WIDTH_V, CHUNKS_V)
@@ -309,7 +362,13 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
         if SHAPE.GROUPED:
             now = steps_of(h, task, rule, STEPS)
         # Two bodies, so that a tile without a mask is worked on without a branch.
-        if masks:
+        if SHAPE.CARRIED:
+            tile = (j, h, m0, first, home)
+            if masks:
+                dk, dv, s, then = _step_carried(tile, dk, dv, s, streams, fixed, task, rule, WG, True, SHAPE)
+            else:
+                dk, dv, s, then = _step_carried(tile, dk, dv, s, streams, fixed, task, rule, WG, False, SHAPE)
+        elif masks:
             dk, dv, s, then = _step((j, h, m0, first, home), now, dk, dv, s, kept, draw, streams, fixed, task, rule, WG,
                                     True, SHAPE, STEPS)  # fmt: skip
         else:
@@ -334,12 +393,12 @@ def _task_gradients(WG: gl.constexpr, first, home, dk_to, dv_to, streams, fixed,
 
 @gluon.jit
 def backward_keys(
-    q, k, v, do, stats, dk, dv, outputs, coded_order, spans, coded_sizes, rules, scoring, operands,
+    q, k, v, do, stats, dk, dv, sums, outputs, spans, coded_sizes, rules, scoring, operands,
     SHAPE: gl.constexpr, STEPS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one key head, summed over the query heads of its group: 64 keys a warpgroup, or
-    (SHAPE.SHARED) 64 keys that two warpgroups share. The order is that of calls.key_order, and how
-    many tiles there are."""
+    (SHAPE.SHARED) 64 keys that two warpgroups share. `sums` are dQ's as TMA sees them, where it adds to them, or
+    None."""
     GROUPS: gl.constexpr = SHAPE.GROUPS
     BLOCK_M: gl.constexpr = SHAPE.BLOCK
     SHARED: gl.constexpr = SHAPE.SHARED
@@ -351,7 +410,9 @@ def backward_keys(
     key_tiles = resident_tiles(SHAPE.TASKS, KEYS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
     value_tiles = resident_tiles(SHAPE.TASKS, KEYS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
     query_tiles = tile_ring(SHAPE.STAGES, GROUPS, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
-    do_tiles = tile_ring(SHAPE.STAGES_V, GROUPS, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
+    # The warp that carries sums frees output gradients for all.
+    do_readers: gl.constexpr = 1 if SHAPE.CARRIED else GROUPS
+    do_tiles = tile_ring(SHAPE.STAGES_V, do_readers, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     exchange = None
     if outputs.sums is not None:
         exchange = gl.allocate_shared_memory(DTYPE, [2 * GROUPS, 64, BLOCK_M], matrix(BLOCK_M, 2))
@@ -360,7 +421,14 @@ def backward_keys(
             exchange = Ring(exchange, exchange_filled, exchange_free)
     lse2s = vector_ring(SHAPE.STAGES, BLOCK_M, query_tiles, spans.cu_q)
     deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M, do_tiles, spans.cu_q)
-    streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange)
+    leaving = None
+    if SHAPE.CARRIED:
+        leaving_tiles = gl.allocate_shared_memory(
+            gl.float32, [GROUPS, BLOCK_M * SHAPE.WIDTH_D // GROUPS], gl.NVMMASharedLayout(0, 32, 1)
+        )
+        leaving_filled, leaving_free = ring_barriers(GROUPS, 1)
+        leaving = Leaving(leaving_tiles, leaving_filled, leaving_free, sums)
+    streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange, leaving)
     additions = None
     if outputs.added is not None:
         additions = additions_to(outputs.added)
@@ -372,12 +440,12 @@ def backward_keys(
     if SHAPE.LEFT or spans.cu_q is not None or spans.used_q is not None:
         stops = integers(SHAPE.TASKS, LENGTH)
     # Who reads a task: all warpgroups, and the warps that keep additions in order.
-    READERS: gl.constexpr = GROUPS + (1 if SHAPE.APART else 0) + (0 if outputs.added is None else 2)
+    READERS: gl.constexpr = GROUPS + (1 if SHAPE.APART or SHAPE.CARRIED else 0) + (0 if outputs.added is None else 2)
     tasks_filled, tasks_free = ring_barriers(SHAPE.TASKS, READERS)
     tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, LENGTH), stops, tasks_filled, tasks_free)
     fixed = Fixed(key_tiles, value_tiles, tasks)
-    order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
-    total = tiles.decoded(coded_order[2])
+    order = (tiles.decoded(outputs.order[0]), tiles.decoded(outputs.order[1]))
+    total = tiles.decoded(outputs.order[2])
     if SHARED:
         handed_filled, handed_free = ring_barriers(2, 1)
         handed_data = gl.allocate_shared_memory(DTYPE, [2, 64, BLOCK_M], matrix(BLOCK_M, 2))
@@ -417,6 +485,18 @@ def backward_keys(
             ],
             [4, 4, 1],
             [208, 64, 24],
+        )
+    elif SHAPE.CARRIED:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (carry_sums, (streams, tasks, rule, SHAPE)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
         )
     elif GROUPS == 2:
         fence_async_shared()

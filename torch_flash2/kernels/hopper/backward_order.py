@@ -15,7 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .backward_pipeline import KeyPlace, advance, filled, free_key_task, freed, get_key_task, key_task
-from .pipeline import FIELDS, barriers, field, tasks_of
+from .backward_sums import sums_number
+from .pipeline import FIELDS, barriers, field
 
 # Behind a KeyTask's numbers: what `added_before` gives.
 BEFORE = gl.constexpr(FIELDS.value)
@@ -48,16 +49,6 @@ def added_before(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.
     beyond = KeyPlace(place.n0 + BLOCK_N, place.h, place.b, place.batch, place.start, place.stored, place.used)
     task, _, _ = key_task(beyond, spans, sizes, rules, BLOCK_N, BLOCK_M, LENGTH, BOTTOM_RIGHT, False, STEPS)
     return gl.where(task.count > 0, task.start, 0x7FFFFFFF)
-
-
-@gluon.jit
-def sums_number(h, tile, task, rule, BLOCK_M: gl.constexpr):
-    """The number of a tile of rows of head h among all that are summed."""
-    per_head, _ = tasks_of(rule.spans, rule.sizes, BLOCK_M)
-    if rule.spans.cu_q is None:
-        return (task.b * rule.sizes.H + h) * per_head + tile
-    else:
-        return h * per_head + tile + task.start_q // BLOCK_M + task.b
 
 
 @gluon.jit

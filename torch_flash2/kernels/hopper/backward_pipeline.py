@@ -27,7 +27,8 @@ class BackwardShape(NamedTuple):
     make D and Dv; whether bands bound keys on the left, alignment; whether query heads share a key head; whether two
     warpgroups share 64 keys; whether S of the next tile is issued before dS of this one; whether dQ's products have a
     warpgroup of their own; how many times 64 columns of keys and of values (for dQ of output gradients) stay in
-    registers too, as left operands; of how many tasks keys and values are on the chip."""
+    registers too, as left operands; of how many tasks keys and values are on the chip; whether a warp of its own has
+    TMA add to dQ's sums, from shared memory."""
 
     GROUPS: int
     BLOCK: int
@@ -46,6 +47,7 @@ class BackwardShape(NamedTuple):
     KEPT: int
     KEPT_V: int
     TASKS: int
+    CARRIED: bool
 
 
 class BackwardInputs(NamedTuple):
@@ -60,8 +62,9 @@ class BackwardInputs(NamedTuple):
 
 class KeyOutputs(NamedTuple):
     """dK and dV as Strided, RowStats, and where dQ is summed, or None: fp32 tiles of 64 rows of each head, as
-    `add_tile` lays them out; a 0 from which on tasks are claimed, or None where each program has one; and where tiles
-    of keys are added to a tile of sums in one order a 0 for each tile of sums, or None."""
+    backward_sums.py says; a 0 from which on tasks are claimed, or None where each program has one; and where tiles
+    of keys are added to a tile of sums in one order a 0 for each tile of sums, or None. `order` is that of
+    calls.key_order, and how many tiles there are, all coded."""
 
     k: Any
     v: Any
@@ -69,6 +72,7 @@ class KeyOutputs(NamedTuple):
     sums: Any
     counter: Any
     added: Any
+    order: Any
 
 
 class QueryOutputs(NamedTuple):
@@ -109,7 +113,8 @@ class Landing(NamedTuple):
 
 class Streams(NamedTuple):
     """What passes a tile of keys: rings of queries and output gradients, and lse2 and delta beside them as Landing;
-    tiles in which warpgroups hand each other dS^T, as a ring where a warpgroup of its own takes them, or None.
+    tiles in which warpgroups hand each other dS^T, as a ring where a warpgroup of its own takes them, or None; and
+    where dQ's products leave through shared memory, as backward_sums.Leaving, or None.
 
     lse2 and delta come by TMA with the tiles. Of packed rows they do not: a vector starts anywhere there, and TMA wants
     its start at 16 bytes (an illegal instruction otherwise, H200, 2026-11-21). Then the producer copies them, and they
@@ -121,6 +126,7 @@ class Streams(NamedTuple):
     lse2: Any
     delta: Any
     exchange: Any
+    leaving: Any
 
 
 class QueryTiles(NamedTuple):
@@ -428,27 +434,6 @@ def seen_by_keys(tasks, slot, m, first, S: gl.constexpr):
     if tasks.stops is not None:
         seen = seen & (m[None, :] < tasks.stops.index(slot).slice(first, 64).load(KEYS)[:, None])
     return seen
-
-
-@gluon.jit
-def add_tile(to, tile, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """Add a tile [ROWS, WIDTH] of a product to fp32 sums at `to`, atomically: four registers of a thread at once, which
-    lie side by side there. Element (16 w + 8 r + g, 8 c + 2 t + e) is number (w, c, g, t, r, e)."""
-    x = gl.reshape(tile, [ROWS // 16, 2, 8, WIDTH // 8, 4, 2])
-    x = gl.reshape(gl.permute(x, (0, 3, 2, 4, 1, 5)), [ROWS * WIDTH])
-    L: gl.constexpr = x.type.layout
-    # The address of a thread's first four, and how far on the next are: constants, which need no registers.
-    number = gl.arange(0, ROWS * WIDTH, layout=L)
-    further = number // 128 % (WIDTH // 8) * 512
-    at = to.to(gl.int64, bitcast=True) + (number // 4 * 16 - further).to(gl.int64)
-    ASM: gl.constexpr = (
-        "{ .reg .b64 a; cvt.u64.u32 a, $8; add.s64 a, a, $4;"
-        " red.relaxed.gpu.global.add.v4.f32 [a], {$12, $13, $14, $15};"
-        " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
-    )
-    gl.inline_asm_elementwise(
-        ASM, "=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f", [at, further, x], dtype=gl.int32, is_pure=False, pack=4
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -1,13 +1,22 @@
-"""The names of Gluon that differ between Triton 3.6 and 3.9, in one place."""
+"""The names of Gluon that differ between Triton 3.6 and 3.9, and what has none, in one place."""
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 # Renamed in 3.8; 3.9 has the new names only.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 store_wait = tma.store_wait
+
+
+@builtin
+def add(to, at, tile, _semantic=None):
+    """Add a tile in shared memory to a tensor behind a TMA descriptor, atomically; Gluon has no name for it."""
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, to.handle, at, tile.handle)
 
 
 @gluon.jit

@@ -40,7 +40,7 @@ def repair_queries(
 def finish_queries(
     sums, grad_q, flags, spans, coded_sizes, scoring, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
 ):  # fmt: skip
-    """dQ of one tile of rows from its sums, which lie as `backward_pipeline.add_tile` puts them; with `flags` a tile
+    """dQ of one tile of rows from its sums, which lie as `backward_sums.in_register_order` says; with `flags` a tile
     with NaN is marked, at the number of the program."""
     pid = tl.program_id(0)
     sizes = tiles.sizes_of(coded_sizes)
