@@ -28,11 +28,25 @@ import machine_code  # noqa: E402
 from torch_flash2 import dispatch, hardware, problem, settings  # noqa: E402
 from torch_flash2.testing import DTYPES, Case  # noqa: E402
 
-# The Hopper kernels by the ways in which their backward sums dQ: what forces each, and the widest head dim it is for.
-SUMS: dict[str, tuple[dict[str, Any], int]] = {
-    "hopper": ({"atomics": False}, 256),
-    "hopper-atomics": ({"atomics": True}, 128),
-    "hopper-ordered": ({"atomics": True, "fused": {"ORDERED": True, "TASKS": 2}}, 64),
+
+class Sums(NamedTuple):
+    """A way in which Hopper's backward sums dQ: what forces it, the head dims that it is for, and whether those are
+    calls without lengths, score steps and dropout alone."""
+
+    config: dict[str, Any]
+    narrowest: int
+    widest: int
+    plain: bool = False
+
+    def takes(self, head_dim: int) -> bool:
+        return self.narrowest <= head_dim <= self.widest
+
+
+SUMS = {
+    "hopper": Sums({"atomics": False}, 0, 256),
+    "hopper-atomics": Sums({"atomics": True}, 0, 128),
+    "hopper-ordered": Sums({"atomics": True, "fused": {"ORDERED": True, "TASKS": 2}}, 0, 64),
+    "hopper-carried": Sums({"atomics": True, "fused": {"CARRIED": True, "STAGES": 3, "TASKS": 1}}, 96, 128, True),
 }
 KERNELS = ("triton", *SUMS)
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
@@ -89,9 +103,10 @@ def matrix() -> Iterator[Job]:
     yield from itertools.starmap(Job, itertools.product(ARCHS, DTYPES, BUCKETS, PORTABLE_MIXES, DIRECTIONS))
     jobs = itertools.product(("sm90",), ("fp16", "bf16"), HOPPER_DIMS, HOPPER_MIXES, DIRECTIONS, SUMS)
     for job in itertools.starmap(Job, jobs):
-        _, widest = SUMS[job.kernel]
+        sums = SUMS[job.kernel]
+        taken = sums.takes(job.head_dim) and (not sums.plain or job.mix in ("plain", "full", "left"))
         # Forwards sum no dQ: once is enough.
-        if job.kernel == "hopper" or (job.direction == "backward" and job.head_dim <= widest):
+        if job.kernel == "hopper" or (job.direction == "backward" and taken):
             yield job
 
 
@@ -144,7 +159,7 @@ def run_job(job: Job) -> list[Outcome]:
     segments = len(mix.get("documents", "12"))
     wide = 128 if job.head_dim == 192 and job.kernel != "triton" else job.head_dim
     case = Case(str(job), segments, 4, 2, 256, 256, job.head_dim, wide, job.dtype, **mix)
-    config = SUMS[job.kernel][0] if job.kernel in SUMS and job.direction == "backward" else None
+    config = SUMS[job.kernel].config if job.kernel in SUMS and job.direction == "backward" else None
     force = dispatch.encode_force(job.kernel.partition("-")[0], config)
     try:
         found, kernels = compile_case(case, job.direction, job.arch, force)
