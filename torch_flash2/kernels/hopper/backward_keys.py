@@ -276,8 +276,6 @@ def _step_carried(at, dk, dv, s, streams, fixed, task, rule, WG: gl.constexpr, M
     if MASKED:
         p = gl.where(seen_by_keys(tasks, home, m, WG * 64, S), p, 0.0)
     dv = accumulate(operand(p, WIDTH_V, DTYPE), do.data, slot_v, dv, BLOCK_M, WIDTH_V, 1)
-    # This wait's branch ends the basic block: without it ptxas moves the next line's wait above the exponentials.
-    filled(do, j, SHAPE.STAGES_V)
     dp = warpgroup_mma_wait(1, (dp,))
     ds = p * (dp - vector(deltas, j, rule, SHAPE.STAGES_V, ROWS)[None, :])
     if MASKED:
@@ -293,7 +291,6 @@ def _step_carried(at, dk, dv, s, streams, fixed, task, rule, WG: gl.constexpr, M
     mbarrier.arrive(leaving.filled.index(WG))
     s = scores_of((), k, mine, q, ahead, BLOCK_M, WIDTH_D, 1)
     s, dk = landed_beside(s, dk, 0)
-    mbarrier.arrive(q.free.index(slot))
     return dk, dv, s, then
 
 
@@ -409,10 +406,10 @@ def backward_keys(
     dv_to = Gradient(dv, outputs.v)
     key_tiles = resident_tiles(SHAPE.TASKS, KEYS * SHAPE.CHUNKS_D, 64, SHAPE.WIDTH_D, DTYPE)
     value_tiles = resident_tiles(SHAPE.TASKS, KEYS * SHAPE.CHUNKS_V, 64, SHAPE.WIDTH_V, DTYPE)
-    query_tiles = tile_ring(SHAPE.STAGES, GROUPS, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
-    # The warp that carries sums frees output gradients for all.
-    do_readers: gl.constexpr = 1 if SHAPE.CARRIED else GROUPS
-    do_tiles = tile_ring(SHAPE.STAGES_V, do_readers, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
+    # The warp that carries sums frees tiles of rows for all.
+    READERS_M: gl.constexpr = 1 if SHAPE.CARRIED else GROUPS
+    query_tiles = tile_ring(SHAPE.STAGES, READERS_M, BLOCK_M, SHAPE.WIDTH_D, SHAPE.CHUNKS_D, DTYPE)
+    do_tiles = tile_ring(SHAPE.STAGES_V, READERS_M, BLOCK_M, SHAPE.WIDTH_V, SHAPE.CHUNKS_V, DTYPE)
     exchange = None
     if outputs.sums is not None:
         exchange = gl.allocate_shared_memory(DTYPE, [2 * GROUPS, 64, BLOCK_M], matrix(BLOCK_M, 2))

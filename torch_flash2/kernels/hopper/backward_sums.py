@@ -102,8 +102,9 @@ def _carry_next(turn, at, streams, tasks, rule, SHAPE: gl.constexpr):
             # Here, not where the tile was stored: there it took 340 cycles of a turn (H200, 2026-11-21).
             fence_async_shared()
             compat.add(leaving.to, [(number * GROUPS + w) * PART], leaving.data.index(w))
-        # Both have done with the output gradients too.
+        # Who leaves dQ's products has done with the output gradients, and with the queries before.
         mbarrier.arrive(streams.do.free.index(j % SHAPE.STAGES_V))
+        mbarrier.arrive(streams.q.free.index((j + SHAPE.STAGES - 1) % SHAPE.STAGES), pred=j > at)
         for w in gl.static_range(GROUPS):
             compat.store_wait(GROUPS - 1 - w)
             mbarrier.arrive(leaving.free.index(w))
