@@ -46,7 +46,7 @@ from .backward_pipeline import (
     view,
 )
 from .backward_shared import consume_scores, consume_values
-from .backward_sums import Leaving, add_tile, carry_sums, in_register_order, sums_tile
+from .backward_sums import add_tile, carry_sums, in_register_order, leaving_to, sums_tile
 from .pipeline import Ring, landed, landed_beside, matrix, operand, ring_barriers, steps_of, zeros
 
 
@@ -420,11 +420,7 @@ def backward_keys(
     deltas = vector_ring(SHAPE.STAGES_V, BLOCK_M, do_tiles, spans.cu_q)
     leaving = None
     if SHAPE.CARRIED:
-        leaving_tiles = gl.allocate_shared_memory(
-            gl.float32, [GROUPS, BLOCK_M * SHAPE.WIDTH_D // GROUPS], gl.NVMMASharedLayout(0, 32, 1)
-        )
-        leaving_filled, leaving_free = ring_barriers(GROUPS, 1)
-        leaving = Leaving(leaving_tiles, leaving_filled, leaving_free, sums)
+        leaving = leaving_to(sums, SHAPE)
     streams = Streams(query_tiles, do_tiles, lse2s, deltas, exchange, leaving)
     additions = None
     if outputs.added is not None:
@@ -432,7 +428,7 @@ def backward_keys(
     rule = BackwardRule(
         spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums, additions
     )
-    LENGTH: gl.constexpr = 256 if KEYS > 2 else 128
+    LENGTH: gl.constexpr = 128
     stops = None
     if SHAPE.LEFT or spans.cu_q is not None or spans.used_q is not None:
         stops = integers(SHAPE.TASKS, LENGTH)
@@ -495,7 +491,7 @@ def backward_keys(
             [4, 1, 1],
             [240, 24, 24],
         )
-    elif GROUPS == 2:
+    else:
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -505,16 +501,4 @@ def backward_keys(
             ],
             [4, 1],
             [240, 24],
-        )
-    else:
-        fence_async_shared()
-        gl.warp_specialize(
-            [
-                (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (_consume, (2, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
         )

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import compat
 from .backward_pipeline import advance, free_key_task, get_key_task
-from .pipeline import tasks_of
+from .pipeline import ring_barriers, tasks_of
 
 
 class Leaving(NamedTuple):
@@ -24,6 +24,16 @@ class Leaving(NamedTuple):
     filled: Any
     free: Any
     to: Any
+
+
+@gluon.jit
+def leaving_to(sums, SHAPE: gl.constexpr):
+    """Of a kernel."""
+    GROUPS: gl.constexpr = SHAPE.GROUPS
+    PART: gl.constexpr = SHAPE.BLOCK * SHAPE.WIDTH_D // GROUPS
+    data = gl.allocate_shared_memory(gl.float32, [GROUPS, PART], gl.NVMMASharedLayout(0, 32, 1))
+    filled, free = ring_barriers(GROUPS, 1)
+    return Leaving(data, filled, free, sums)
 
 
 @gluon.jit
