@@ -418,7 +418,7 @@ def test_rows_whose_scores_grow(dtype: torch.dtype, dim: int, config: dict[str, 
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 8, 1100, dim, device="cuda", dtype=dtype) for _ in range(3))
     q[..., 0] = dim**0.5
-    for step in (0.005, 0.05, 0.5, -0.05, -0.2, -0.5):
+    for step in (0.005, 0.05, 0.5, -0.05, -0.1, -0.2, -0.5, -1.0):
         k[..., 0] = step * torch.arange(-1000, 100, device="cuda")
         with torch_flash2.force("hopper", config):
             out, lse = torch_flash2.attention(q, k, v, mask, return_lse=True)

@@ -288,6 +288,10 @@ def dense(tensor: torch.Tensor) -> DenseMask:
 _TERM = re.compile(r"([a-z]+)\s*(?:\(([^()]*)\))?")
 
 
+# Texts of most calls: taking one apart costs as much as the rest of a call's arguments.
+_USUAL = {"full": Mask(), "causal": Mask((Causal(),))}
+
+
 def parse(text: str, numbers: Sequence[int] | None = None) -> Mask:
     """The Mask that `text` names, for example "causal & window(128, 0) @ bottom-right".
 
@@ -296,6 +300,8 @@ def parse(text: str, numbers: Sequence[int] | None = None) -> Mask:
     Raises:
         ValueError: the text is not a mask.
     """
+    if text in _USUAL:
+        return _USUAL[text]
     values = iter(numbers or ())
     terms, _, align = (part.strip() for part in text.partition("@"))
     mask = Mask((), align or None)

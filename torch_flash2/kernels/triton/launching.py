@@ -97,22 +97,32 @@ def _move_cache(error: OSError) -> None:
 _kept: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
+def _place(device: torch.device) -> tuple[torch.device, int] | None:
+    """Where zeros of the current stream are kept; None where none are."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return device, torch._C._cuda_getCurrentRawStream(device.index)
+
+
 def zeros(device: torch.device, size: int) -> torch.Tensor:
     """At least `size` int32 zeros for a kernel that leaves them as zeros: those kept for the current stream, whose
     launches follow one another, or fresh ones."""
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        found = _kept.get((device, torch.cuda.current_stream(device).cuda_stream))
-        if found is not None and found.numel() >= size:
-            return found
-    return torch.zeros(size, dtype=torch.int32, device=device)
+    place = _place(device)
+    found = None if place is None else _kept.get(place)
+    if found is None or found.numel() < size:
+        found = torch.zeros(size, dtype=torch.int32, device=device)
+    return found
 
 
 def keep_zeros(device: torch.device, size: int) -> torch.Tensor:
     """As `zeros`; fresh ones are kept for the calls to come. Only eager calls may: compiled ones allocate from a pool
     that is a CUDA graph's own. Under capture nothing is kept."""
-    found = zeros(device, size)
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        _kept[device, torch.cuda.current_stream(device).cuda_stream] = found
+    place = _place(device)
+    if place is None:
+        return zeros(device, size)
+    found = _kept.get(place)
+    if found is None or found.numel() < size:
+        found = _kept[place] = torch.zeros(size, dtype=torch.int32, device=device)
     return found
 
 
