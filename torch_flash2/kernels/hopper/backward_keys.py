@@ -62,6 +62,7 @@ def _query_gradient(ds, j, k, home, exchange, WG: gl.constexpr, SHAPE: gl.conste
     first = j % 2 * GROUPS
     exchange.index(first + WG).store(ds)
     if SHAPE.CARRIED:
+        # Behind the barrier, where no store is left for the fence to wait for.
         meet(128 * GROUPS)
         fence_async_shared()
     else:

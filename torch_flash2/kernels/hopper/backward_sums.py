@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from . import compat
-from .backward_pipeline import advance, free_key_task, get_key_task
+from .backward_pipeline import advance, get_key_task
 from .pipeline import ring_barriers, tasks_of
 
 
@@ -82,30 +82,14 @@ def add_tile(to, tile, ROWS: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit
 def carry_sums(streams, tasks, rule, SHAPE: gl.constexpr):
-    """A warp: it has TMA add the products that consumers leave to the sums."""
-    if SHAPE.TASKS == 1:
-        _carry_next(0, 0, streams, tasks, rule, SHAPE)
-    else:
-        turn = gl.to_tensor(0)
-        at = gl.to_tensor(0)
-        going = gl.to_tensor(1)
-        while going > 0:
-            _carry_next(turn, at, streams, tasks, rule, SHAPE)
-            going, at = free_key_task(tasks, turn, at, rule.sizes.group, SHAPE.TASKS, 1)
-            turn += 1
-
-
-@gluon.jit
-def _carry_next(turn, at, streams, tasks, rule, SHAPE: gl.constexpr):
-    """The turn-th task, if there is one, whose first tile of rows is the at-th."""
+    """A warp: it has TMA add the products that consumers leave to the sums, in a program of one task."""
     GROUPS: gl.constexpr = SHAPE.GROUPS
     PART: gl.constexpr = SHAPE.BLOCK * SHAPE.WIDTH_D // GROUPS
     leaving = streams.leaving
-    task = get_key_task(tasks, turn, SHAPE.TASKS, 1)
-    # No task left: its count is -1.
+    task = get_key_task(tasks, 0, 1, 1)
     h = task.h * rule.sizes.group
     i = task.count * 0
-    for j in range(at, at + task.count * rule.sizes.group):
+    for j in range(task.count * rule.sizes.group):
         number = sums_number(h, task.start // SHAPE.BLOCK + i, task, rule, SHAPE.BLOCK)
         for w in gl.static_range(GROUPS):
             mbarrier.wait(leaving.filled.index(w), j & 1)
@@ -114,7 +98,7 @@ def _carry_next(turn, at, streams, tasks, rule, SHAPE: gl.constexpr):
             compat.add(leaving.to, [(number * GROUPS + w) * PART], leaving.data.index(w))
         # Who leaves dQ's products has done with the output gradients, and with the queries before.
         mbarrier.arrive(streams.do.free.index(j % SHAPE.STAGES_V))
-        mbarrier.arrive(streams.q.free.index((j + SHAPE.STAGES - 1) % SHAPE.STAGES), pred=j > at)
+        mbarrier.arrive(streams.q.free.index((j + SHAPE.STAGES - 1) % SHAPE.STAGES), pred=j > 0)
         for w in gl.static_range(GROUPS):
             compat.store_wait(GROUPS - 1 - w)
             mbarrier.arrive(leaving.free.index(w))
