@@ -206,6 +206,13 @@ def test_additions_that_no_kernel_makes() -> None:
             dispatch.select(posed, dispatch.encode_force("hopper", config))
 
 
+def test_tma_does_not_add_for_a_third_warpgroup() -> None:
+    posed, _ = compile_all.posed(Case("x", 8, 8, 8, 4096, 4096, 64, 64, "bf16"), "backward", "sm90")
+    config = {"atomics": True, "fused": {"CARRIED": True, "AHEAD": True, "TASKS": 1}}
+    with pytest.raises(dispatch.UnsupportedError, match="not for a third warpgroup"):
+        dispatch.select(posed, dispatch.encode_force("hopper", config))
+
+
 def test_tma_adds_where_shared_memory_has_room() -> None:
     """With one task a program, without score steps, dropout and lengths, and where TMA can count the sums."""
 
@@ -218,6 +225,10 @@ def test_tma_adds_where_shared_memory_has_room() -> None:
     assert not carried(4096, softcap=30.0) and not carried(4096, dropout_p=0.1)
     assert not carried(4096, documents=(1.0, 0.5), lengths="packed")
     assert carried(1 << 20, B=1) and not carried(1 << 20)
+    # What TMA cannot count keeps the buffers of additions from registers, of which ptxas does not bear three.
+    case = Case("x", 2, 8, 8, 1 << 20, 1 << 20, 128, 128, "bf16", "window(256, 0)")
+    config = dispatch.select(compile_all.posed(case, "backward", "sm90")[0], "hopper").config.fused
+    assert not config.CARRIED and config.STAGES == 4
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(192, 128), (256, 256)])

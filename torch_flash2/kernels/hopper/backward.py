@@ -98,6 +98,9 @@ def config(problem: Problem) -> BackwardConfig:
     if row["fused"] is None:
         return BackwardConfig(keys, queries)
     fused = Config(**row["fused"])
+    if problem.batch * problem.heads * (problem.seqlen_q + 256) * fused.WIDTH_D >= 2**31:
+        # More sums than TMA can count.
+        fused = fused._replace(CARRIED=False)
     # A mask leaves about half of the keys that a row could see, and of the rows that see a key.
     share = 2 if problem.mask.bands else 1
     if problem.lengths:
@@ -112,9 +115,6 @@ def config(problem: Problem) -> BackwardConfig:
         # Where tasks are short, what comes before and after one takes its share: it goes on beside another task.
         rows = problem.seqlen_q * problem.group
         fused = fused._replace(**next((c["changes"] for c in row["claimed"] if rows <= c["rows"] * share), {}))
-    if problem.batch * problem.heads * (problem.seqlen_q + 256) * fused.WIDTH_D >= 2**31:
-        # More sums than TMA can count.
-        fused = fused._replace(CARRIED=False)
     # Sums cost by the row, a second kernel by the key that a row sees; of some score steps accumulators would spill.
     pays = problem.seqlen_k >= row["fused_keys"] * share and set(problem.steps) <= set(row["fused_steps"])
     if problem.deterministic:
@@ -139,21 +139,24 @@ def _stops_early(problem: Problem) -> bool:
 
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
-    if config.atomics and problem.deterministic and not (config.fused is not None and config.fused.ORDERED):
+    fused = config.fused
+    if config.atomics and problem.deterministic and not (fused is not None and fused.ORDERED):
         yield "atomics add in an order that varies, and PyTorch's deterministic algorithms are on"
-    if config.atomics and config.fused is None:
+    if config.atomics and fused is None:
         yield "it has no kernel with atomics for head dims above 128"
     if config.keys.TASKS > 1:
         yield "programs claim tasks in the kernel with atomics alone"
     if config.keys.ORDERED:
         yield "additions have an order in the kernel with atomics alone"
-    if config.fused is not None and config.fused.ORDERED and not (config.fused.APART and config.fused.TASKS > 1):
-        yield "additions have an order where a warpgroup of its own makes them and programs claim tasks"
     if config.keys.CARRIED:
         yield "TMA adds in the kernel with atomics alone"
-    if config.fused is not None and config.fused.CARRIED and (not config.fused.AHEAD or config.fused.TASKS > 1):
-        yield "TMA adds where S of the next tile is issued early and each program has one task"
-    if config.fused is not None and config.fused.CARRIED and (problem.lengths or problem.steps or problem.dropout):
+    if fused is None:
+        return
+    if fused.ORDERED and not (fused.APART and fused.TASKS > 1):
+        yield "additions have an order where a warpgroup of its own makes them and programs claim tasks"
+    if fused.CARRIED and (not fused.AHEAD or fused.APART or fused.TASKS > 1):
+        yield "TMA adds where S of the next tile is issued early and a program has one task, not for a third warpgroup"
+    if fused.CARRIED and (problem.lengths or problem.steps or problem.dropout):
         yield "TMA adds where there are no lengths, score steps or dropout"
 
 

@@ -36,7 +36,7 @@ def consume_values(dv_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STE
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
-    q, do, lse2s, deltas, exchange = streams
+    q, do, lse2s = streams.q, streams.do, streams.lse2
     k, v, tasks = fixed
     DTYPE: gl.constexpr = q.data.dtype
     LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
@@ -98,7 +98,7 @@ def consume_scores(dk_to, streams, fixed, handed, rule, SHAPE: gl.constexpr, STE
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ROWS: gl.constexpr = gl.SliceLayout(0, S)
-    q, do, lse2s, deltas, exchange = streams
+    q, do, deltas = streams.q, streams.do, streams.delta
     k, v, tasks = fixed
     DTYPE: gl.constexpr = q.data.dtype
     LENGTHS: gl.constexpr = rule.spans.cu_q is not None or rule.spans.used_q is not None
