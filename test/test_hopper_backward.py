@@ -195,22 +195,19 @@ def test_few_tiles_do_not_pay_for_an_order() -> None:
 
 
 def test_additions_that_no_kernel_makes() -> None:
-    posed, _ = compile_all.posed(Case("x", 8, 8, 8, 4096, 4096, 128, 128, "bf16"), "backward", "sm90")
-    for config, reason in (
-        ({"atomics": True, "fused": {"ORDERED": True}}, "a warpgroup of its own makes them and programs claim tasks"),
-        ({"keys": {"ORDERED": True}}, "additions have an order in the kernel with atomics alone"),
-        ({"keys": {"CARRIED": True}}, "TMA adds in the kernel with atomics alone"),
-        ({"atomics": True, "fused": {"TASKS": 2}}, "TMA adds where S of the next tile is issued early"),
+    def sums(**fused: Any) -> dict[str, Any]:
+        return {"atomics": True, "fused": fused}
+
+    for head_dim, config, reason in (
+        (128, sums(ORDERED=True), "a warpgroup of its own makes them and programs claim tasks"),
+        (128, {"keys": {"ORDERED": True}}, "additions have an order in the kernel with atomics alone"),
+        (128, {"keys": {"CARRIED": True}}, "TMA adds in the kernel with atomics alone"),
+        (128, sums(TASKS=2), "TMA adds where S of the next tile is issued early"),
+        (64, sums(CARRIED=True, AHEAD=True, TASKS=1), "not for a third warpgroup"),
     ):
+        posed, _ = compile_all.posed(Case("x", 8, 8, 8, 4096, 4096, head_dim, head_dim, "bf16"), "backward", "sm90")
         with pytest.raises(dispatch.UnsupportedError, match=reason):
             dispatch.select(posed, dispatch.encode_force("hopper", config))
-
-
-def test_tma_does_not_add_for_a_third_warpgroup() -> None:
-    posed, _ = compile_all.posed(Case("x", 8, 8, 8, 4096, 4096, 64, 64, "bf16"), "backward", "sm90")
-    config = {"atomics": True, "fused": {"CARRIED": True, "AHEAD": True, "TASKS": 1}}
-    with pytest.raises(dispatch.UnsupportedError, match="not for a third warpgroup"):
-        dispatch.select(posed, dispatch.encode_force("hopper", config))
 
 
 def test_tma_adds_where_shared_memory_has_room() -> None:
