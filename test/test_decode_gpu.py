@@ -5,13 +5,16 @@ B segments, H query heads, G key/value heads, M query rows, N keys, D head dim o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from test_decode import bad_calls, check, complaint, run
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_flash2
 from torch_flash2 import Lengths, Pages, attention, dispatch, hardware, problem, testing
@@ -183,6 +186,39 @@ def test_cuda_graph(rows: int) -> None:
         torch.cuda.synchronize()
         with torch_flash2.force("reference"):
             torch.testing.assert_close(captured, step(), rtol=1e-2, atol=2e-3)
+
+
+@gpu
+@pytest.mark.parametrize("kernel", ["decode", "latent"])
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("splits", [1, 5])
+def test_calls_again(kernel: str, page: int | None, splits: int) -> None:
+    """The third call and later ones do again what was recorded: with their own lengths, pages and memory."""
+    options: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
+    if kernel == "latent" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+    G, D = (1, 576) if kernel == "latent" else (4, 128)
+    module = dispatch.kernel(kernel, "forward")
+    for turn in range(5):
+        query = torch.randn(3, 16, 2, D, **options)
+        used = torch.randint(0, 801, (3,), device="cuda", dtype=torch.int32)
+        extra: dict[str, Any] = dict(lengths=Lengths(used_k=used), return_lse=True, num_splits=splits)
+        if page is None:
+            key, value = (torch.randn(3, G, 800, D, **options) for _ in range(2))
+        else:
+            key, value = (torch.randn(200, page, G, D, **options) for _ in range(2))
+            extra["pages"] = Pages(torch.randperm(200, device="cuda").int()[:150].reshape(3, 50), page)
+        if kernel == "latent":
+            value = key[..., :512]
+        with torch_flash2.force(kernel):
+            with contextlib.ExitStack() as stack:
+                if turn > 1:
+                    stack.enter_context(testing.poisoned())
+                    stack.enter_context(mock.patch.object(module, "launch", side_effect=AssertionError("the long way")))
+                found = attention(query, key, value, "causal @ bottom-right", **extra)
+            with FlopCounterMode(display=False):
+                wanted = attention(query, key, value, "causal @ bottom-right", **extra)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @gpu

@@ -21,13 +21,16 @@ from torch_flash2 import attention, direct, dispatch, hardware, masks, problem
 from torch_flash2.problem import Call, Saved
 
 
-def call_of(D: int = 64, mask: str = "causal", dtype: torch.dtype = torch.float16, **tensors: Any) -> Call:
+def call_of(D: int = 64, mask: str = "causal", dtype: torch.dtype = torch.float16, M: int = 96, **fixed: Any) -> Call:
     """A call on the CPU; a new one of the same signature each time."""
     bands = masks.parse(mask)
-    query, key, value = (torch.randn(2, heads, 96, D).to(dtype) for heads in (4, 2, 2))
+    query, key, value = (torch.randn(2, heads, rows, D).to(dtype) for heads, rows in ((4, M), (2, 96), (2, 96)))
+    if "block_table" in fixed:
+        # Twelve pages of 16 rows, of which each segment has six.
+        key, value = (torch.randn(12, 16, 2, D).to(dtype) for _ in range(2))
     fields: dict[str, Any] = dict.fromkeys(Call._fields)
     fields.update(query=query, key=key, value=value, mask=bands.template, mask_numbers=bands.numbers)
-    fields.update(scale=0.1, dropout_p=0.0, deterministic=False, **tensors)
+    fields.update(scale=0.1, dropout_p=0.0, deterministic=False, **fixed)
     return Call(**fields)
 
 
@@ -135,10 +138,11 @@ def plain(value: Any, names: dict[int, str]) -> Any:
     return value
 
 
-def posed(call: Call, direction: str, arch: str) -> tuple[Any, problem.Problem, Any]:
+def posed(call: Call, direction: str, arch: str, kernel: str = "triton") -> tuple[Any, problem.Problem, Any]:
     found = problem.of(call, direction, needs_grad=direction == "backward", bias_grad=call.bias is not None)
     found = dataclasses.replace(found, hardware=hardware.simulated(arch))
-    module = dispatch.kernel("triton", direction)
+    module = dispatch.kernel(kernel, direction)
+    assert not list(module.why_not(found))
     return module, found, module.config(found)
 
 
@@ -151,20 +155,38 @@ CALLS: dict[str, dict[str, Any]] = {
     "dense": {"dense": torch.rand(96, 96) > 0.5},
     "packed": {"used_k": torch.tensor([96, 40], dtype=torch.int32), "mask": "causal @ top-left"},
 }
+DECODING: dict[str, dict[str, Any]] = {
+    "decode": {"M": 1, "D": 128, "num_splits": 1},
+    "splits": {
+        "M": 2,
+        "num_splits": 3,
+        "used_k": torch.tensor([96, 40], dtype=torch.int32),
+        "mask": "window(9, 0) @ bottom-right",
+    },
+    "pages": {
+        "M": 2,
+        "num_splits": 3,
+        "page_size": 16,
+        "block_table": torch.randperm(12).int().reshape(2, 6),
+        "used_k": torch.tensor([96, 40], dtype=torch.int32),
+        "mask": "window(9, 0) @ bottom-right",
+    },
+}
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *DECODING])
 def test_recordings_do_what_launches_did(name: str, arch: str, log: list[Any]) -> None:
-    first, second = call_of(**CALLS[name]), call_of(**CALLS[name])
-    for direction in ("forward", "backward"):
+    first, second = (call_of(**{**CALLS, **DECODING}[name]) for _ in range(2))
+    chosen, directions = ("decode", ["forward"]) if name in DECODING else ("triton", ["forward", "backward"])
+    for direction in directions:
         saved: list[Any] = [[], []]
         if direction == "backward":
             wanted = (True, True, True, first.bias is not None, False)
             for index, call in enumerate((first, second)):
                 out = torch.empty_like(call.query)
                 saved[index] = [Saved(out, torch.randn(2, 4, 96), torch.randn_like(out), None, wanted)]
-        module, found, config = posed(first, direction, arch)
+        module, found, config = posed(first, direction, arch, chosen)
         _, recording = module.record(found, config, first, *saved[0])
         log.clear()
         results = module.launch(found, config, second, *saved[1])
@@ -186,6 +208,18 @@ def test_recordings_do_what_launches_did(name: str, arch: str, log: list[Any]) -
         for (kernel, programs, arguments), (kernel2, programs2, arguments2) in zip(log, direct_log, strict=True):
             assert kernel is kernel2 and programs == programs2
             assert plain(arguments, mine) == plain(arguments2, theirs)
+
+
+def test_the_second_call_is_recorded() -> None:
+    done: list[str] = []
+    module = mock.Mock()
+    module.launch.side_effect = lambda *arguments: done.append("launch")
+    recording = mock.Mock(side_effect=lambda tensors: done.append("again"))
+    module.record.side_effect = lambda *arguments: (done.append("record"), recording)
+    run = direct._Run(mock.Mock(), mock.Mock(module=module))
+    for _ in range(4):
+        run((), call_of)
+    assert done == ["launch", "record", "again", "again"]
 
 
 def test_buffers_keep_their_distances(log: list[Any]) -> None:
@@ -263,3 +297,31 @@ def test_what_is_older_than_the_launch_is_not_recorded(argument: Any, log: list[
         return results
 
     assert recording.record(launch, found, config, call)[1] is None
+
+
+def test_views_of_inputs_are_recorded_where_they_have_one_owner(log: list[Any]) -> None:
+    from torch_flash2.kernels.triton import forward, launching, recording
+
+    call = call_of()
+    _, found, config = posed(call, "forward", "sm80")
+
+    def launch(problem: Any, config: Any, call: Call) -> Any:
+        results = launching.outputs(call)
+        launching.launch(forward.attention_forward, 1, call.query.device, (call.key[:, 1:], *results))
+        return results
+
+    log.clear()
+    _, recorded = recording.record(launch, found, config, call)
+    assert recorded is not None
+    again = call_of()
+    recorded(again[: direct.TENSORS])
+    assert log[-1][2][0] == again.key[:, 1:].data_ptr() != again.key.data_ptr()
+    # Keys and values in one tensor: which of them is it, should they be apart in the next call?
+    together = call_of()
+    pair = torch.stack([together.key, together.value])
+    assert recording.record(launch, found, config, together._replace(key=pair[0], value=pair[1]))[1] is None
+    # A value that is part of the key is so in every call of the route.
+    latent = together._replace(value=together.key[..., :32])
+    assert recording.record(launch, found, config, latent)[1] is None
+    latent_problem = dataclasses.replace(found, value_in_key=True)
+    assert recording.record(launch, latent_problem, config, latent)[1] is not None

@@ -57,12 +57,15 @@ class _Run:
         self._module = plan.module
         self._record: Callable[..., Any] | None = getattr(self._module, "record", None)
         self._recording: Any = None
+        self._called = False
 
     def __call__(self, tensors: Tensors, call: Callable[[], Call], *extra: Saved) -> Any:
         recording = self._recording
         if recording is not None and recording.usable():
             return recording(tensors)
-        if self._record is None or recording is not None:
+        # Many signatures are called once (of a cache that grows with every token): the second call is recorded.
+        first, self._called = not self._called, True
+        if first or self._record is None or recording is not None:
             return self._module.launch(self._posed, self._plan.config, call(), *extra)
         result, self._recording = self._record(self._posed, self._plan.config, call(), *extra)
         if self._recording is None:

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Call, Problem, key_value, stored_keys
 from ..bundles import Strided
-from ..triton import launching, splitting
+from ..triton import launching, recording, splitting
 from .latent_kernel import KEYS, ROWS, WIDTH, Shape, attention_latent
 
 VALUE_DIM = 512
@@ -98,3 +98,10 @@ def launch(problem: Problem, config: None, call: Call) -> tuple[torch.Tensor, to
     if count > 1:
         splitting.combine(splits, out, lse, call, sizes)
     return out, lse
+
+
+def record(
+    problem: Problem, config: None, call: Call
+) -> tuple[tuple[torch.Tensor, torch.Tensor], recording.Recording | None]:
+    """Run it, and record it for calls alike."""
+    return recording.record(launch, problem, config, call)

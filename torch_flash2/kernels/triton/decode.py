@@ -19,7 +19,7 @@ import triton.language as tl
 from ...problem import Call, Problem, key_value, stored_keys
 from ..bundles import Head, Mode, Rows, Strided, Tile
 from ..device import bands, scores, tiles
-from . import launching, splitting, tables
+from . import launching, recording, splitting, tables
 from .common import attend_carefully, load_and_score, visible_keys
 from .tables import Config
 
@@ -271,6 +271,13 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
     if count > 1:
         splitting.combine(splits, out, lse, call, sizes)
     return out, lse
+
+
+def record(
+    problem: Problem, config: Config, call: Call
+) -> tuple[tuple[torch.Tensor, torch.Tensor], recording.Recording | None]:
+    """Run it, and record it for calls alike."""
+    return recording.record(launch, problem, config, call)
 
 
 def _mode(problem: Problem, config: Config) -> Mode:

@@ -22,6 +22,7 @@ from . import launching
 Tensors = Sequence[torch.Tensor | None]
 # How many fields of a Call, the first, are tensors.
 CALL_TENSORS = Call._fields.index("mask")
+_VALUE = Call._fields.index("value")
 # Operations that compute nothing.
 _HARMLESS = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "transpose", "permute", "view", "unbind",
@@ -82,18 +83,22 @@ class Recording:
         result: tuple[Any, ...],
         launches: list[tuple[Any, int, tuple[Any, ...]]],
         allocated: set[int],
+        value_in_key: bool = False,
     ):
         self._allocated = allocated
         self._device = next(tensor.device for tensor in inputs if tensor is not None)
         self._index = self._device.index
         self._inputs = list(inputs)
+        # Whose views may be met; a value that is part of the key is so in every call alike.
+        inside = inputs[_VALUE] if value_in_key else None
+        self._owners = [tensor for tensor in inputs if tensor is not None and tensor is not inside]
         self._used: list[int] = []
         self._buffers: list[_Buffer] = []
         self._storages: dict[int, int] = {}
         self._make = type(result)._make if hasattr(type(result), "_make") else tuple
         self._results = [None if tensor is None else self._add_result(tensor) for tensor in result]
         self._launches = [self._launch(*launch) for launch in launches]
-        del self._inputs, self._storages, self._allocated
+        del self._inputs, self._owners, self._storages, self._allocated
 
     def _add_result(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -115,7 +120,13 @@ class Recording:
                     self._used.append(i)
                 return True, self._used.index(i), 0
         storage = tensor.untyped_storage()
-        if any(known is not None and known.untyped_storage()._cdata == storage._cdata for known in self._inputs):
+        owners = [known for known in self._owners if known.untyped_storage()._cdata == storage._cdata]
+        if len(owners) == 1:
+            # A view, as of pages with heads first.
+            _, index, _ = self._pointer(owners[0])
+            return True, index, tensor.data_ptr() - owners[0].data_ptr()
+        if owners:
+            # Inputs may lie otherwise to each other in calls to come.
             raise UnrecordableError
         index = self._storages.get(storage.data_ptr())
         if index is None:
@@ -145,7 +156,7 @@ class Recording:
         if isinstance(value, torch.Tensor):
             is_input, index, offset = self._pointer(value)
             if is_input:
-                return lambda pointers, tensors: pointers[index]
+                return lambda pointers, tensors: pointers[index] + offset
             return lambda pointers, tensors: pointers[index - len(self._buffers)] + offset
         if isinstance(value, _DESCRIPTORS):
             is_input, index, offset = self._pointer(value.base)
@@ -231,6 +242,7 @@ def record(
     if watch.computed or not launches:
         return result, None
     try:
-        return result, Recording(inputs_of(call, saved), result, launches, watch.allocated)
+        inputs = inputs_of(call, saved)
+        return result, Recording(inputs, result, launches, watch.allocated, problem.value_in_key)
     except UnrecordableError:
         return result, None
