@@ -20,9 +20,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...problem import Call, Problem
 from ..triton import launching
 
-# Keys and values of the heads that are worked on side by side should stay in L2, beside all else that passes through
-# it: 50 MB on the H100 and the H200. Twice as much was up to 3 % slower, four times up to 6 % (forward, H200,
-# 2026-11-21).
+# Where what heads share decides how many go side by side, that much of it: with all else that passes through L2, 50 MB
+# on the H100 and the H200. Twice as much was up to 3 % slower, four times up to 6 % (forward, H200, 2026-11-21).
 L2_BYTES = 16 << 20
 
 # How many heads go side by side at least where a tile of keys waits for the one before it: a simulation has waits of
@@ -61,46 +60,63 @@ def descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def order(problem: Problem, call: Call, rows: int) -> tuple[int, int]:
-    """The order of tiles of so many query rows, as `side_by_side`: what heads share is their keys and values."""
-    key_bytes = call.key.shape[2] * (problem.head_dim + problem.head_dim_v) * 2
-    all_heads = problem.heads * (1 if problem.packed_q else problem.batch)
-    # Equal blocks: the tiles of a small last one would not be shared evenly.
-    blocks = triton.cdiv(all_heads, max(1, L2_BYTES // max(key_bytes, 1)) * problem.group)
-    heads = triton.cdiv(all_heads // problem.group, max(blocks, 1)) * problem.group
-    tiles = 0 if problem.packed_q else triton.cdiv(call.query.shape[2], rows)
-    together, kept = side_by_side(problem, heads, all_heads, tiles)
-    # Keys are read again for what is kept. With two tiles more, 512 rows took 8 and 9 % longer with head dims 128 and
-    # 256, 1024 rows 2 and 4 %, 2048 rows and more about 1 % (H200, 2026-11-21).
-    return together, max(kept - 2, 0)
+    """The order of tiles of so many query rows: how many heads go side by side, their longest tiles first, and how many
+    of each head's shortest tiles are kept for the end (none).
 
-
-def key_order(problem: Problem, call: Call, keys: int, ordered: bool = False) -> tuple[int, int]:
-    """The order of tiles of so many keys, as `side_by_side`: what passes them is queries and output gradients. Where
-    dQ's sums are `ordered`, all tiles of a head one after the other."""
-    row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
-    heads = max(1, L2_BYTES // max(row_bytes, 1))
-    all_heads = problem.heads_kv * (1 if problem.packed_k else problem.batch)
-    if ordered:
-        return min(max(heads, TOGETHER), max(all_heads, 1)), 0
-    tiles = 0 if problem.packed_k else triton.cdiv(call.key.shape[2], keys)
-    return side_by_side(problem, heads, all_heads, tiles)
-
-
-def side_by_side(problem: Problem, heads: int, all_heads: int, tiles: int) -> tuple[int, int]:
-    """How many heads go side by side, as many as stay in L2, their longest tiles first; and how many of the shortest of
-    a head's tiles, 0 where documents are packed, are kept for the end, when those of all heads go side by side.
-
-    A block of heads whose tiles are not shared evenly by the multiprocessors would leave long tiles for the end: 13 %
-    of the time with a head dim of 256 and 4096 rows (H200, 2026-11-21). When the tiles before those kept are shared
-    out, multiprocessors are on average half of the longest, of `tiles` tiles to visit, apart; k tiles kept of each head
-    have k^2 / 2.
+    As `_two_each`; of 1024 rows and fewer as many heads as keep their keys and values in L2, where those are more, and
+    of fewer than 8 tiles always so. In H200 runs of 2026-11-22, causal, 1k to 16k rows, this was from 2 % slower to 5 %
+    faster than those that stay in L2 with short tiles kept for the end.
     """
     if not problem.mask.bands and not problem.lengths:
         # All tiles are of one length: one head after the other.
         return 1, 0
-    all_heads = max(all_heads, 1)
+    group = problem.group
+    key_bytes = call.key.shape[2] * (problem.head_dim + problem.head_dim_v) * 2
+    wanted = max(1, L2_BYTES // max(key_bytes, 1)) * group
+    if not problem.packed_q:
+        tiles = triton.cdiv(call.query.shape[2], rows)
+        if tiles >= 8:
+            wanted = max(_two_each(problem, tiles), wanted if tiles < 16 else 0)
+    all_heads = problem.heads * (1 if problem.packed_q else problem.batch)
+    return _equal_blocks(all_heads // group, wanted / group) * group, 0
+
+
+def key_order(problem: Problem, call: Call, keys: int, ordered: bool = False) -> tuple[int, int]:
+    """The order of tiles of so many keys, as of rows: by `_two_each`, which in H200 runs of 2026-11-22 (causal, 512 to
+    16k keys) was up to 11 % faster than the heads whose queries and output gradients stay in L2, with tiles kept.
+
+    Where dQ's sums are `ordered`, all tiles of a head come one after the other. Where a window ends on the left or
+    documents are packed, most tiles are of one length: heads as stay in L2, and short tiles kept for the end.
+    """
+    row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
+    heads = max(1, L2_BYTES // max(row_bytes, 1))
+    all_heads = max(1, problem.heads_kv * (1 if problem.packed_k else problem.batch))
+    if ordered:
+        return min(max(heads, TOGETHER), all_heads), 0
+    if not problem.mask.bands and not problem.lengths:
+        return 1, 0
+    tiles = 0 if problem.packed_k else triton.cdiv(call.key.shape[2], keys)
+    if tiles and not problem.mask.bounds_left:
+        return _equal_blocks(all_heads, _two_each(problem, tiles)), 0
+    # When the tiles before those kept are shared out, multiprocessors are on average half of the longest, of `tiles`
+    # tiles to visit, apart; k tiles kept of each head have k^2 / 2. Without them 13 % of the time went at head dim 256
+    # and 4096 rows (H200, 2026-11-21).
     kept = math.ceil(math.sqrt(problem.hardware.multiprocessors * tiles / all_heads))
     return min(heads, all_heads), min(kept, tiles // 2)
+
+
+def _two_each(problem: Problem, tiles: int) -> int:
+    """How many heads of so many tiles to take side by side that each multiprocessor has two of them: who had a long one
+    has a short one then, and all begin the next heads together, with what those share."""
+    return max(1, 2 * problem.hardware.multiprocessors // max(tiles, 1))
+
+
+def _equal_blocks(count: int, wanted: float) -> int:
+    """About how many of `count` to take at a time so that the last are hardly fewer: the tiles of a small last block
+    would not be shared evenly."""
+    blocks = max(1.0, count / wanted)
+    sizes = {triton.cdiv(count, n) for n in range(math.ceil(blocks * 0.75), math.floor(blocks * 1.5) + 1)}
+    return min(sizes, key=lambda size: (round(-count % size / size, 2), abs(size - wanted)))
 
 
 def hides(problem: Problem) -> bool:

@@ -69,6 +69,7 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     BYTES_Q: gl.constexpr = 64 * SHAPE.WIDTH_D * CHUNKS_D * 2
     KEYS_FIRST: gl.constexpr = SHAPE.Q_STAGES == 1
+    AHEAD: gl.constexpr = 4 if BLOCK_N == 64 else 3
     loaded = 0
     done = 0
     # The tile whose values are not loaded.
@@ -93,7 +94,7 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
                 buffers.q.data, place * CHUNKS_D, SHAPE.WIDTH_D, CHUNKS_D,
             )  # fmt: skip
         # Asking earlier would share out the work less evenly.
-        asking = gl.maximum(task.count - 3, 0)
+        asking = gl.maximum(task.count - AHEAD, 0)
         for j in range(task.count):
             row = task.start_k + task.top - j * BLOCK_N
             if (j > 0) | (KEYS_FIRST == 0):

@@ -279,7 +279,7 @@ def tasks_of(spans, sizes, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def placed(index, per_head, heads, order):
-    """Which head's turn the index-th is in the order of calls.side_by_side, and which turn of that head."""
+    """Which head's turn the index-th is in the order of calls.order, and which turn of that head."""
     together, kept = order
     front = (per_head - kept) * heads
     last = index >= front
