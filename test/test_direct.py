@@ -225,7 +225,7 @@ def test_the_second_call_is_recorded() -> None:
 def test_buffers_keep_their_distances(log: list[Any]) -> None:
     call = call_of()
     out = torch.empty_like(call.query)
-    saved = Saved(out, torch.randn(2, 4, 96), out, None, (True, True, True, False, False))
+    saved = Saved(out, torch.randn(2, 4, 96), torch.randn_like(out), None, (True, True, True, False, False))
     module, found, config = posed(call, "backward", "sm80")
     _, recording = module.record(found, config, call, saved)
     log.clear()
@@ -238,7 +238,7 @@ def test_buffers_keep_their_distances(log: list[Any]) -> None:
 def test_what_is_computed_outside_kernels_is_not_recorded(log: list[Any]) -> None:
     call = call_of(sinks=torch.randn(4))
     out = torch.empty_like(call.query)
-    saved = Saved(out, torch.randn(2, 4, 96), out, None, (True, True, True, False, True))
+    saved = Saved(out, torch.randn(2, 4, 96), torch.randn_like(out), None, (True, True, True, False, True))
     module, found, config = posed(call, "backward", "sm80")
     gradients, recording = module.record(found, config, call, saved)
     assert recording is None and gradients.sinks is not None
@@ -325,3 +325,22 @@ def test_views_of_inputs_are_recorded_where_they_have_one_owner(log: list[Any]) 
     assert recording.record(launch, found, config, latent)[1] is None
     latent_problem = dataclasses.replace(found, value_in_key=True)
     assert recording.record(launch, latent_problem, config, latent)[1] is not None
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_one_tensor_in_two_places_is_not_taken_for_either(latent: bool, log: list[Any]) -> None:
+    """What is recorded with keys that are the queries too is not done again with others as if they were."""
+    first, second = call_of(), call_of()
+    first = first._replace(query=first.key)
+    second = second._replace(query=torch.randn_like(second.key))
+    if latent:
+        first, second = first._replace(value=first.key), second._replace(value=second.key)
+    module, found, config = posed(first, "forward", "sm80")
+    assert found.value_in_key == latent
+    _, recording = module.record(found, config, first)
+    if recording is None:
+        return
+    log.clear()
+    recording(second[: direct.TENSORS])
+    _, _, arguments = log[-1]
+    assert [argument[0] for argument in arguments[:3]] == [tensor.data_ptr() for tensor in second[:3]]

@@ -89,9 +89,12 @@ class Recording:
         self._device = next(tensor.device for tensor in inputs if tensor is not None)
         self._index = self._device.index
         self._inputs = list(inputs)
-        # Whose views may be met; a value that is part of the key is so in every call alike.
-        inside = inputs[_VALUE] if value_in_key else None
-        self._owners = [tensor for tensor in inputs if tensor is not None and tensor is not inside]
+        # A value that is part of the key is so in every call alike.
+        places = (i for i in range(len(inputs)) if not (value_in_key and i == _VALUE))
+        self._owners = [tensor for tensor in map(inputs.__getitem__, places) if tensor is not None]
+        if len(set(map(id, self._owners))) < len(self._owners):
+            # One tensor in two places, where calls to come may have two.
+            raise UnrecordableError
         self._used: list[int] = []
         self._buffers: list[_Buffer] = []
         self._storages: dict[int, int] = {}
