@@ -5,6 +5,7 @@ B batch, H query heads, M query rows, N keys, D head dim.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import weakref
@@ -344,3 +345,32 @@ def test_one_tensor_in_two_places_is_not_taken_for_either(latent: bool, log: lis
     recording(second[: direct.TENSORS])
     _, _, arguments = log[-1]
     assert [argument[0] for argument in arguments[:3]] == [tensor.data_ptr() for tensor in second[:3]]
+
+
+def test_kernels_that_write_all_are_spared_the_fill(log: list[Any]) -> None:
+    """Where deterministic algorithms are on, PyTorch fills new memory; not what these kernels write anyway."""
+    switch = torch.utils.deterministic
+    seen = []
+
+    def plan(kernel: str, packed: bool) -> dispatch.Plan:
+        found = problem.of(call_of())
+        lengths = ("cu_q", "cu_k") if packed else ()
+        return dispatch.Plan(dataclasses.replace(found, lengths=lengths), kernel, None)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for kernel, packed in (("hopper", False), ("triton", False), ("triton", True), ("cpu", False)):
+            with contextlib.suppress(KeyError), dispatch.unfilled(plan(kernel, packed)):
+                seen.append(switch.fill_uninitialized_memory)
+                raise KeyError
+            assert switch.fill_uninitialized_memory
+        switch.fill_uninitialized_memory = False
+        with dispatch.unfilled(plan("hopper", False)):
+            pass
+        assert not switch.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        switch.fill_uninitialized_memory = True
+    with dispatch.unfilled(plan("hopper", False)):
+        seen.append(switch.fill_uninitialized_memory)
+    assert seen == [False, False, True, True, True]

@@ -60,6 +60,12 @@ class _Run:
         self._called = False
 
     def __call__(self, tensors: Tensors, call: Callable[[], Call], *extra: Saved) -> Any:
+        if torch.are_deterministic_algorithms_enabled():
+            with dispatch.unfilled(self._plan):
+                return self._launch(tensors, call, *extra)
+        return self._launch(tensors, call, *extra)
+
+    def _launch(self, tensors: Tensors, call: Callable[[], Call], *extra: Saved) -> Any:
         recording = self._recording
         if recording is not None and recording.usable():
             return recording(tensors)

@@ -28,6 +28,9 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
+import torch.utils.deterministic
+
 from . import settings
 from .problem import Problem
 
@@ -40,6 +43,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "cpu": {"forward": "kernels.cpu", "backward": "kernels.cpu"},
     "reference": {"forward": "kernels.reference", "backward": "kernels.reference"},
 }
+_WRITES_ALL = ("latent", "decode", "hopper", "triton")
 
 
 class UnsupportedError(RuntimeError):
@@ -188,3 +192,21 @@ def _select(problem: Problem, force: str | None) -> Plan:
                 return Plan(problem, candidate, config, tuple(rejected), bool(name))
         rejected.append((candidate, reasons))
     return Plan(problem, "", None, tuple(rejected), bool(name))
+
+
+@contextlib.contextmanager
+def unfilled(plan: Plan) -> Iterator[None]:
+    """In this block new tensors are not filled, as PyTorch fills them where deterministic algorithms are on: a tenth of
+    a short backward's time. The kernels of Triton and Gluon write every element of what they return. Packed documents
+    are left out: rows behind the last belong to nobody, and nobody writes them. The switch is the process's own, so
+    that a tensor which another thread makes meanwhile is not filled either."""
+    switch: Any = torch.utils.deterministic
+    whole = plan.kernel in _WRITES_ALL and not (plan.problem.packed_q or plan.problem.packed_k)
+    if not (whole and torch.are_deterministic_algorithms_enabled() and switch.fill_uninitialized_memory):
+        yield
+        return
+    switch.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        switch.fill_uninitialized_memory = True

@@ -72,14 +72,16 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     posed, plan = _posed(call, "forward", False)
     if settings.checks():
         checks.check(call)
-    out, lse = plan.module.launch(posed, plan.config, call)
+    with dispatch.unfilled(plan):
+        out, lse = plan.module.launch(posed, plan.config, call)
     return out, lse
 
 
 def _backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     saved, call = _split(arguments)
     posed, plan = _posed(call, "backward", saved.wanted[3])
-    gradients = plan.module.launch(posed, plan.config, call, saved)
+    with dispatch.unfilled(plan):
+        gradients = plan.module.launch(posed, plan.config, call, saved)
     return tuple(call.query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
