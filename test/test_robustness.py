@@ -95,13 +95,15 @@ assert os.waitstatus_to_exitcode(status) == 0
 def test_several_processes_share_a_cache(tmp_path: Path) -> None:
     cache = tmp_path / "new" / "cache"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
-    code = f"DEVICE = 'cuda'\n{CALL}\ncall()"
+    # Autograd's threads may abort a busy machine's interpreter while it ends (pytorch#38230: seen here once).
+    code = f"import os\nDEVICE = 'cuda'\n{CALL}\ncall()\nos._exit(0)"
     children = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) for _ in range(4)
     ]
-    for child in children:
-        _, errors = child.communicate(timeout=300)
-        assert child.returncode == 0, errors[-4000:]
+    # All of them end before one is found to have failed.
+    errors = [child.communicate(timeout=300)[1] for child in children]
+    for child, text in zip(children, errors, strict=True):
+        assert child.returncode == 0, text[-4000:]
     assert any(cache.iterdir())
 
 
