@@ -226,6 +226,9 @@ def test_tma_adds_where_shared_memory_has_room() -> None:
     case = Case("x", 2, 8, 8, 1 << 20, 1 << 20, 128, 128, "bf16", "window(256, 0)")
     config = dispatch.select(compile_all.posed(case, "backward", "sm90")[0], "hopper").config.fused
     assert not config.CARRIED and config.STAGES == 4
+    posed, _ = compile_all.posed(case, "backward", "sm90")
+    with pytest.raises(dispatch.UnsupportedError, match="fewer than 2\\^31 numbers"):
+        dispatch.select(posed, dispatch.encode_force("hopper", {"atomics": True, "fused": {"CARRIED": True}}))
 
 
 @pytest.mark.parametrize(("D", "Dv"), [(192, 128), (256, 256)])

@@ -196,10 +196,10 @@ def _select(problem: Problem, force: str | None) -> Plan:
 
 @contextlib.contextmanager
 def unfilled(plan: Plan) -> Iterator[None]:
-    """In this block new tensors are not filled, as PyTorch fills them where deterministic algorithms are on: a tenth of
-    a short backward's time. The kernels of Triton and Gluon write every element of what they return. Packed documents
-    are left out: rows behind the last belong to nobody, and nobody writes them. The switch is the process's own, so
-    that a tensor which another thread makes meanwhile is not filled either."""
+    """In this block new tensors are not filled, as PyTorch fills them where deterministic algorithms are on: up to a
+    fifth of a short backward's time. The kernels of Triton and Gluon write every element of what they return. Packed
+    documents are left out: rows behind the last belong to nobody, and nobody writes them. The switch is the process's
+    own, so that a tensor which another thread makes meanwhile is not filled either."""
     switch: Any = torch.utils.deterministic
     whole = plan.kernel in _WRITES_ALL and not (plan.problem.packed_q or plan.problem.packed_k)
     if not (whole and torch.are_deterministic_algorithms_enabled() and switch.fill_uninitialized_memory):

@@ -98,17 +98,16 @@ def config(problem: Problem) -> BackwardConfig:
     if row["fused"] is None:
         return BackwardConfig(keys, queries)
     fused = Config(**row["fused"])
-    if problem.batch * problem.heads * (problem.seqlen_q + 256) * fused.WIDTH_D >= 2**31:
-        # More sums than TMA can count.
+    if any(_tma_cannot_add(problem, fused)):
         fused = fused._replace(CARRIED=False)
     # A mask leaves about half of the keys that a row could see, and of the rows that see a key.
     share = 2 if problem.mask.bands else 1
     if problem.lengths:
         # Between these products rows past a document's end are cleared, and ptxas has them wait for one another.
-        fused = fused._replace(AHEAD=False, CARRIED=False)
+        fused = fused._replace(AHEAD=False)
     if problem.steps or problem.dropout:
         # They take the registers of operands kept there, and of the next tile's products.
-        fused = fused._replace(KEPT=0, KEPT_V=0, AHEAD=False, CARRIED=False)
+        fused = fused._replace(KEPT=0, KEPT_V=0, AHEAD=False)
     elif _stops_early(problem):
         fused = fused._replace(**row["stopping"]) if fused.CARRIED else fused
     else:
@@ -137,6 +136,14 @@ def _stops_early(problem: Problem) -> bool:
     return problem.mask.bounds_left or bool(problem.lengths)
 
 
+def _tma_cannot_add(problem: Problem, fused: Config) -> Iterator[str]:
+    """What of a problem keeps TMA from adding to dQ's sums."""
+    if problem.lengths or problem.steps or problem.dropout:
+        yield "TMA adds where there are no lengths, score steps or dropout"
+    if problem.batch * problem.heads * (problem.seqlen_q + 256) * fused.WIDTH_D >= 2**31:
+        yield "TMA counts fewer than 2^31 numbers of dQ's sums"
+
+
 def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
     """What the problem does not allow in a forced configuration."""
     fused = config.fused
@@ -156,8 +163,8 @@ def forbids(problem: Problem, config: BackwardConfig) -> Iterator[str]:
         yield "additions have an order where a warpgroup of its own makes them and programs claim tasks"
     if fused.CARRIED and (not fused.AHEAD or fused.APART or fused.TASKS > 1):
         yield "TMA adds where S of the next tile is issued early and a program has one task, not for a third warpgroup"
-    if fused.CARRIED and (problem.lengths or problem.steps or problem.dropout):
-        yield "TMA adds where there are no lengths, score steps or dropout"
+    if fused.CARRIED:
+        yield from _tma_cannot_add(problem, fused)
 
 
 def candidates(problem: Problem) -> Iterator[BackwardConfig]:

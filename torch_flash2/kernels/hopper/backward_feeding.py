@@ -50,8 +50,8 @@ def _load_keys(inputs, place, slot, k, v, KEYS: gl.constexpr, SHAPE: gl.constexp
 
 
 @gluon.jit
-def produce(inputs, outputs, order, streams, fixed, total, rule, KEYS: gl.constexpr, LENGTH: gl.constexpr,
-            SHAPE: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+def produce(inputs, outputs, order, streams, fixed, total, rule, KEYS: gl.constexpr, SHAPE: gl.constexpr,
+            STEPS: gl.constexpr):  # fmt: skip
     """The producer warp: it claims tasks, and loads of each the keys and values and then what passes them."""
     turn = total * 0
     at = total * 0
@@ -65,12 +65,12 @@ def produce(inputs, outputs, order, streams, fixed, total, rule, KEYS: gl.conste
         freed(fixed.tasks, turn, SHAPE.TASKS)
         _load_keys(inputs, place, slot, fixed.k, fixed.v, KEYS, SHAPE)
         task, starts, stops = key_task(
-            place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, LENGTH, SHAPE.BOTTOM_RIGHT,
+            place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, SHAPE.BOTTOM_RIGHT,
             rule.aside is not None, STEPS,
         )  # fmt: skip
         if outputs.added is not None:
             beyond = added_before(
-                place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, LENGTH, SHAPE.BOTTOM_RIGHT, STEPS
+                place, rule.spans, rule.sizes, rule.rules, 64 * KEYS, SHAPE.BLOCK, SHAPE.BOTTOM_RIGHT, STEPS
             )
             put_field(fixed.tasks, slot * 16 + BEFORE, beyond)
         put_key_task(fixed.tasks, slot, task, starts, stops)

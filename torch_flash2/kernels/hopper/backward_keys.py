@@ -21,6 +21,7 @@ from . import compat, dropping
 from .backward_feeding import clean_rows, masked_rows, meet, next_turn, produce, vector
 from .backward_order import additions_to, await_turn, end_turn, keep_order
 from .backward_pipeline import (
+    MOST_KEYS,
     BackwardInputs,
     BackwardRule,
     Fixed,
@@ -429,14 +430,13 @@ def backward_keys(
     rule = BackwardRule(
         spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, outputs.stats.pitch, outputs.sums, additions
     )
-    LENGTH: gl.constexpr = 128
     stops = None
     if SHAPE.LEFT or spans.cu_q is not None or spans.used_q is not None:
-        stops = integers(SHAPE.TASKS, LENGTH)
+        stops = integers(SHAPE.TASKS, MOST_KEYS)
     # Who reads a task: all warpgroups, and the warps that keep additions in order.
     READERS: gl.constexpr = GROUPS + (1 if SHAPE.APART or SHAPE.CARRIED else 0) + (0 if outputs.added is None else 2)
     tasks_filled, tasks_free = ring_barriers(SHAPE.TASKS, READERS)
-    tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, LENGTH), stops, tasks_filled, tasks_free)
+    tasks = KeyTasks(integers(SHAPE.TASKS * 16, 1), integers(SHAPE.TASKS, MOST_KEYS), stops, tasks_filled, tasks_free)
     fixed = Fixed(key_tiles, value_tiles, tasks)
     order = (tiles.decoded(outputs.order[0]), tiles.decoded(outputs.order[1]))
     total = tiles.decoded(outputs.order[2])
@@ -449,7 +449,7 @@ def backward_keys(
             [
                 (consume_values, (dv_to, streams, fixed, handed, rule, SHAPE, STEPS)),
                 (consume_scores, (dk_to, streams, fixed, handed, rule, SHAPE, STEPS)),
-                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],
@@ -461,7 +461,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_sum_queries, (streams, fixed, rule, SHAPE)),
-                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, SHAPE, STEPS)),
                 (keep_order, (False, tasks, rule, SHAPE)),
                 (keep_order, (True, tasks, rule, SHAPE)),
             ],
@@ -475,7 +475,7 @@ def backward_keys(
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_sum_queries, (streams, fixed, rule, SHAPE)),
-                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, SHAPE, STEPS)),
             ],
             [4, 4, 1],
             [208, 64, 24],
@@ -486,7 +486,7 @@ def backward_keys(
             [
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, SHAPE, STEPS)),
                 (carry_sums, (streams, tasks, rule, SHAPE)),
             ],
             [4, 1, 1],
@@ -498,7 +498,7 @@ def backward_keys(
             [
                 (_consume, (0, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
                 (_consume, (1, dk_to, dv_to, streams, fixed, rule, SHAPE, STEPS)),
-                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, LENGTH, SHAPE, STEPS)),
+                (produce, (inputs, outputs, order, streams, fixed, total, rule, KEYS, SHAPE, STEPS)),
             ],
             [4, 1],
             [240, 24],

@@ -42,12 +42,12 @@ def additions_to(added):
 
 
 @gluon.jit
-def added_before(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LENGTH: gl.constexpr,
+def added_before(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
                  BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
     """The first row that the tile of keys after the one at a place visits: rows from there on that this one visits
     are visited by that one too, for where rows start and stop only grows with the key."""
     beyond = KeyPlace(place.n0 + BLOCK_N, place.h, place.b, place.batch, place.start, place.stored, place.used)
-    task, _, _ = key_task(beyond, spans, sizes, rules, BLOCK_N, BLOCK_M, LENGTH, BOTTOM_RIGHT, False, STEPS)
+    task, _, _ = key_task(beyond, spans, sizes, rules, BLOCK_N, BLOCK_M, BOTTOM_RIGHT, False, STEPS)
     return gl.where(task.count > 0, task.start, 0x7FFFFFFF)
 
 

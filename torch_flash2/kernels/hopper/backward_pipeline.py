@@ -20,6 +20,9 @@ from ..device import bands, scores, tiles
 from . import compat
 from .pipeline import FIELDS, Ring, barriers, field, matrix, placed, put_field, ring_barriers
 
+# The most keys that a tile of them has.
+MOST_KEYS = gl.constexpr(128)
+
 
 class BackwardShape(NamedTuple):
     """Compile-time numbers: consumer warpgroups, positions of a streamed tile, buffers of what streams (`STAGES` of
@@ -218,16 +221,16 @@ def key_place(index, order, spans, sizes, BLOCK_N: gl.constexpr, BACKWARDS: gl.c
 
 
 @gluon.jit
-def key_task(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, LENGTH: gl.constexpr,
-             BOTTOM_RIGHT: gl.constexpr, SUMS: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
-    """What the tile of keys at a place visits (one warp), and where the rows that see each key start and stop, LENGTH
-    numbers each; a key that no row sees starts past all of them. SUMS: dQ is summed over these keys."""
+def key_task(place, spans, sizes, rules, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+             SUMS: gl.constexpr, STEPS: gl.constexpr):  # fmt: skip
+    """What the tile of keys at a place visits (one warp), and where the rows that see each key start and stop,
+    MOST_KEYS numbers each; a key that no row sees starts past all of them. SUMS: dQ is summed over these keys."""
     QUERIES: gl.constexpr = STEPS.QUERIES
     n0, h, b, batch_k, start_k, stored, used_k = place
     batch_q, start_q, _, used_q = tiles.extent(b, spans.cu_q, spans.used_q, sizes.B, sizes.M)
-    # An arange is a power of two long: keys past the tile repeat its last one.
+    # Keys past the tile repeat its last one.
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    n = n0 + gl.minimum(gl.arange(0, LENGTH, layout=L), BLOCK_N - 1)
+    n = n0 + gl.minimum(gl.arange(0, MOST_KEYS, layout=L), BLOCK_N - 1)
     shift = used_k - used_q if BOTTOM_RIGHT else used_k * 0
     lo, hi = bands.intersect(gl.minimum(n, used_k - 1), used_q, used_q, used_k, shift, rules.numbers, QUERIES)
     hi = gl.where(n0 < used_k, hi, lo)

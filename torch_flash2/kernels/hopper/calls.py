@@ -70,15 +70,14 @@ def order(problem: Problem, call: Call, rows: int) -> tuple[int, int]:
     if not problem.mask.bands and not problem.lengths:
         # All tiles are of one length: one head after the other.
         return 1, 0
-    group = problem.group
-    key_bytes = call.key.shape[2] * (problem.head_dim + problem.head_dim_v) * 2
-    wanted = max(1, L2_BYTES // max(key_bytes, 1)) * group
+    # Heads of keys, each with its group.
+    wanted: float = _in_l2(problem, call.key.shape[2])
     if not problem.packed_q:
         tiles = triton.cdiv(call.query.shape[2], rows)
         if tiles >= 8:
-            wanted = max(_two_each(problem, tiles), wanted if tiles < 16 else 0)
-    all_heads = problem.heads * (1 if problem.packed_q else problem.batch)
-    return _equal_blocks(all_heads // group, wanted / group) * group, 0
+            wanted = max(_two_each(problem, tiles) / problem.group, wanted if tiles < 16 else 0)
+    all_heads = problem.heads_kv * (1 if problem.packed_q else problem.batch)
+    return _equal_blocks(all_heads, wanted) * problem.group, 0
 
 
 def key_order(problem: Problem, call: Call, keys: int, ordered: bool = False) -> tuple[int, int]:
@@ -89,8 +88,7 @@ def key_order(problem: Problem, call: Call, keys: int, ordered: bool = False) ->
     average one count: eight of 2k keys took 9 % longer with the heads that stay in L2, one. Where a window ends on the
     left most tiles are of one length: heads as stay in L2, and short tiles kept for the end.
     """
-    row_bytes = call.query.shape[2] * problem.group * (problem.head_dim + problem.head_dim_v) * 2
-    heads = max(1, L2_BYTES // max(row_bytes, 1))
+    heads = _in_l2(problem, call.query.shape[2] * problem.group)
     all_heads = max(1, problem.heads_kv * (1 if problem.packed_k else problem.batch))
     if ordered:
         return min(max(heads, TOGETHER), all_heads), 0
@@ -105,6 +103,11 @@ def key_order(problem: Problem, call: Call, keys: int, ordered: bool = False) ->
     tiles = 0 if problem.packed_k else triton.cdiv(call.key.shape[2], keys)
     kept = math.ceil(math.sqrt(problem.hardware.multiprocessors * tiles / all_heads))
     return min(heads, all_heads), min(kept, tiles // 2)
+
+
+def _in_l2(problem: Problem, rows: int) -> int:
+    """How many heads stay in L2 that share so many rows: of keys and values, or of queries and output gradients."""
+    return max(1, L2_BYTES // max(rows * (problem.head_dim + problem.head_dim_v) * 2, 1))
 
 
 def _two_each(problem: Problem, tiles: int) -> int:

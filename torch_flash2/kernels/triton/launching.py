@@ -107,7 +107,10 @@ def _place(device: torch.device) -> tuple[torch.device, int] | None:
 def zeros(device: torch.device, size: int) -> torch.Tensor:
     """At least `size` int32 zeros for a kernel that leaves them as zeros: those kept for the current stream, whose
     launches follow one another, or fresh ones."""
-    place = _place(device)
+    return _zeros_of(_place(device), device, size)
+
+
+def _zeros_of(place: tuple[torch.device, int] | None, device: torch.device, size: int) -> torch.Tensor:
     found = None if place is None else _kept.get(place)
     if found is None or found.numel() < size:
         found = torch.zeros(size, dtype=torch.int32, device=device)
@@ -118,11 +121,9 @@ def keep_zeros(device: torch.device, size: int) -> torch.Tensor:
     """As `zeros`; fresh ones are kept for the calls to come. Only eager calls may: compiled ones allocate from a pool
     that is a CUDA graph's own. Under capture nothing is kept."""
     place = _place(device)
-    if place is None:
-        return zeros(device, size)
-    found = _kept.get(place)
-    if found is None or found.numel() < size:
-        found = _kept[place] = torch.zeros(size, dtype=torch.int32, device=device)
+    found = _zeros_of(place, device, size)
+    if place is not None:
+        _kept[place] = found
     return found
 
 

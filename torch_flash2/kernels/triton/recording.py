@@ -90,8 +90,8 @@ class Recording:
         self._index = self._device.index
         self._inputs = list(inputs)
         # A value that is part of the key is so in every call alike.
-        places = (i for i in range(len(inputs)) if not (value_in_key and i == _VALUE))
-        self._owners = [tensor for tensor in map(inputs.__getitem__, places) if tensor is not None]
+        inside = _VALUE if value_in_key else None
+        self._owners = [tensor for i, tensor in enumerate(inputs) if tensor is not None and i != inside]
         if len(set(map(id, self._owners))) < len(self._owners):
             # One tensor in two places, where calls to come may have two.
             raise UnrecordableError
