@@ -361,7 +361,7 @@ def copy_vector(ring, slot, source, LENGTH: gl.constexpr):
 @gluon.jit
 def view(data, index, ROWS: gl.constexpr, WIDTH: gl.constexpr):
     """One tile [ROWS, WIDTH] of a ring."""
-    return data.index(index)._reinterpret(data.dtype, [ROWS, WIDTH], matrix(WIDTH, 2))
+    return compat.view(data.index(index), [ROWS, WIDTH], matrix(WIDTH, 2))
 
 
 @gluon.jit
@@ -475,7 +475,7 @@ def store_gradient(gradient, acc, weight, staging, first, row, stored, used, bat
 
 @gluon.jit
 def _store_by_tma(to, tile, staging, batch, head, row, column, WIDTH: gl.constexpr):
-    staging._reinterpret(tile.dtype, [64, WIDTH], matrix(WIDTH, 2)).store(tile)
+    compat.view(staging, [64, WIDTH], matrix(WIDTH, 2)).store(tile)
     fence_async_shared()
     compat.store(to, [batch, head, row, column], staging)
 

@@ -6,10 +6,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-# Renamed in 3.8; 3.9 has the new names only.
+# Renamed in 3.8, and in 3.9 `reinterpret` lost its underscore; 3.9 has the new names only.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 store_wait = tma.store_wait
+
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+# Whether a view may reach past its tile, over the one that follows; 3.9 forbids it.
+WIDENING = hasattr(gl.shared_memory_descriptor, "_reinterpret")
+
+
+@builtin
+def view(tile, shape, layout, _semantic=None):
+    """A tile of shared memory in another shape and layout."""
+    return _reinterpret(tile, tile.dtype, shape, layout, _semantic=_semantic)
 
 
 @builtin

@@ -73,7 +73,7 @@ def _queries(buffers, q_slot, chunk, WG: gl.constexpr, SHAPE: gl.constexpr):
     """The queries [64, WIDTH_D] of a warpgroup in shared memory."""
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
     q = buffers.q.data.index((q_slot * SHAPE.GROUPS + WG) * SHAPE.CHUNKS_D + chunk)
-    return q._reinterpret(buffers.q.data.dtype, [64, WIDTH_D], matrix(WIDTH_D, 2))
+    return compat.view(q, [64, WIDTH_D], matrix(WIDTH_D, 2))
 
 
 @gluon.jit
@@ -94,12 +94,11 @@ def _query_key(buffers, q_slot, stage, held, WG: gl.constexpr, SHAPE: gl.constex
     CHUNKS_D: gl.constexpr = SHAPE.CHUNKS_D
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     WIDTH_D: gl.constexpr = SHAPE.WIDTH_D
-    DTYPE: gl.constexpr = buffers.k.data.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     s = gl.zeros([64, BLOCK_N], gl.float32, L)
     for c in gl.static_range(CHUNKS_D):
         k = buffers.k.data.index(stage * CHUNKS_D + c)
-        k = k._reinterpret(DTYPE, [BLOCK_N, WIDTH_D], matrix(WIDTH_D, 2))
+        k = compat.view(k, [BLOCK_N, WIDTH_D], matrix(WIDTH_D, 2))
         if SHAPE.HELD:
             s = warpgroup_mma(held[c], k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
         else:
@@ -111,13 +110,12 @@ def _query_key(buffers, q_slot, stage, held, WG: gl.constexpr, SHAPE: gl.constex
 @gluon.jit
 def _weight_value(p, buffers, stage, acc, use_acc, SHAPE: gl.constexpr):
     """Issue O += P V, or O = P V; CHUNKS_V products in flight."""
-    DTYPE: gl.constexpr = buffers.v.data.dtype
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     WIDTH_V: gl.constexpr = SHAPE.WIDTH_V
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     result = ()
     for c in gl.static_range(CHUNKS_V):
-        v = buffers.v.data.index(stage * CHUNKS_V + c)._reinterpret(DTYPE, [BLOCK_N, WIDTH_V], matrix(WIDTH_V, 2))
+        v = compat.view(buffers.v.data.index(stage * CHUNKS_V + c), [BLOCK_N, WIDTH_V], matrix(WIDTH_V, 2))
         result = result + (warpgroup_mma(p, v, acc[c], use_acc=use_acc, is_async=True),)
     return result
 
@@ -209,7 +207,7 @@ def _store_by_tma(tile, row, chunk, task, inputs, buffers, WG: gl.constexpr):
     compat.store(
         inputs.out,
         [task.batch_q, task.h, task.start_q + row, chunk * WIDTH],
-        staging._reinterpret(tile.dtype, [1, 1, 64, WIDTH], matrix(WIDTH, 4)),
+        compat.view(staging, [1, 1, 64, WIDTH], matrix(WIDTH, 4)),
     )
 
 

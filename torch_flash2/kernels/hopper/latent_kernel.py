@@ -51,8 +51,8 @@ class Shape(NamedTuple):
     BOX: int
     LEFT: bool
     BOTTOM_RIGHT: bool
-    CHUNKS_V: int = 2
-    WIDTH_V: int = 128
+    CHUNKS_V: int = 2 if compat.WIDENING else 4
+    WIDTH_V: int = 128 if compat.WIDENING else 64
 
 
 class Rule(NamedTuple):
@@ -230,7 +230,6 @@ def _pages(paging, part, n0, SHAPE: gl.constexpr):
 @gluon.jit
 def _load_piece(k, pages, n0, j, buffers, part, PIECE: gl.constexpr, SHAPE: gl.constexpr):
     """Load a part of the j-th tile of keys, which starts at n0, once its buffer is free."""
-    DTYPE: gl.constexpr = k.dtype
     BOX: gl.constexpr = SHAPE.BOX
     BOXES: gl.constexpr = KEYS // BOX
     COUNT: gl.constexpr = _chunks(PIECE, SHAPE.CHUNKS)
@@ -242,7 +241,7 @@ def _load_piece(k, pages, n0, j, buffers, part, PIECE: gl.constexpr, SHAPE: gl.c
         mbarrier.expect(filled, KEYS * WIDTH * 2 * COUNT)
         for c in gl.static_range(COUNT):
             tile = buffers.k.index(stage * SHAPE.CHUNKS + FIRST + c)
-            boxes = tile._reinterpret(DTYPE, [BOXES, 1, 1, BOX, WIDTH], matrix(WIDTH, 4))
+            boxes = compat.view(tile, [BOXES, 1, 1, BOX, WIDTH], matrix(WIDTH, 4))
             for i in gl.static_range(BOXES):
                 row = n0 + i * BOX
                 if SHAPE.PAGE > 0:
@@ -311,14 +310,13 @@ def _query_key(buffers, j, SHAPE: gl.constexpr):
 @gluon.jit
 def _weight_value(p, buffers, j, acc, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Issue O += P V of the j-th tile for a warpgroup's columns; CHUNKS_V products in flight."""
-    DTYPE: gl.constexpr = buffers.k.dtype
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     WIDE: gl.constexpr = SHAPE.WIDTH_V
     STEP: gl.constexpr = WIDE // WIDTH
     first = (j % STAGES) * SHAPE.CHUNKS + WG * HALF
     result = ()
     for c in gl.static_range(CHUNKS_V):
-        v = buffers.k.index(first + c * STEP)._reinterpret(DTYPE, [KEYS, WIDE], matrix(WIDE, 2))
+        v = compat.view(buffers.k.index(first + c * STEP), [KEYS, WIDE], matrix(WIDE, 2))
         result = result + (warpgroup_mma(p, v, acc[c], is_async=True),)
     return result
 
