@@ -124,7 +124,8 @@ def _line(address: int, text: str) -> _Line:
     guard, operation, operands = re.match(r"(@!?U?P\w+\s+)?(\S+)\s*(.*)", text).groups()  # type: ignore[union-attr]
     name, *suffixes = operation.split(".")
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", operands)]
-    # The first operand is written by the uniform datapath's instructions, and by those that bring values to it.
+    # The first operand is written by the uniform datapath's instructions, and by those that bring values to it; ELECT
+    # writes the lane's number behind its predicate.
     others = ("UTMA", "UBLK", "USET", "UCGA")
     writes_first = name in ("R2UR", "S2UR", "REDUX") or (name[0] == "U" and name[:4] not in others)
     writes: set[str] = set()
@@ -144,5 +145,6 @@ def _line(address: int, text: str) -> _Line:
         else:
             count = 2 if pair or "desc[" in part else 1
         found = {f"UR{int(number) + k}" for number in re.findall(r"\bUR(\d+)", part) for k in range(first, count)}
-        (writes if writes_first and i == 0 else reads).update(found)
+        written = (writes_first and i == 0) or (name == "ELECT" and i == 1)
+        (writes if written else reads).update(found)
     return _Line(address, text, frozenset(writes), frozenset(reads), guard is not None)

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import compile_all
 import hypothesis
@@ -38,14 +39,19 @@ WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
 FEW = 12
 
 
-def compiled(width: tuple[int, int], feature: str, seqlen: int) -> Any:
+def compiled(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1) -> Any:
+    """The kernel of a call, its keys in so many splits."""
+    from torch_flash2.kernels.hopper import forward
+
     changes = dict(FEATURES[feature])
     segments = len(changes.get("documents", (1,)))
     case = Case("x", segments, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
-    posed, kernels = compile_all.compile_case(case, "forward", "sm90", "hopper")
-    assert posed.hardware.shared_memory >= kernels[-1].metadata.shared
-    machine_code.check(kernels[-1])
-    return kernels[-1]
+    with mock.patch.object(forward, "key_splits", lambda *_: splits):
+        posed, kernels = compile_all.compile_case(case, "forward", "sm90", "hopper")
+    (kernel,) = (kernel for kernel in kernels if kernel.name == "attention_forward")
+    assert posed.hardware.shared_memory >= kernel.metadata.shared
+    machine_code.check(kernel)
+    return kernel
 
 
 def instructions(kernel: Any) -> tuple[list[str], dict[str, int]]:

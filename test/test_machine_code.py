@@ -46,6 +46,7 @@ def test_registers_that_one_branch_sets(instruction: str, found: list[str]) -> N
         # Descriptors of both operands, of the right one alone, a tile's coordinates, its descriptor's address.
         ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24", {"UR4", "UR5", "UR6", "UR7"}),
         ("HGMMA.64x64x16.F32.BF16 R24, R160, gdesc[UR4].tnspB, R24", {"UR6", "UR7"}),
+        ("ELECT P5, UR62, PT", set()),
         ("UTMALDG.1D [UR40], [UR12]", {"UR40", "UR41", "UR42", "UR12", "UR13"}),
         ("UTMAREDG.1D.ADD [UR40], [UR12]", {"UR40", "UR41", "UR12", "UR13"}),
     ],

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..bundles import Dropout, Rows
 from ..device import bands, philox, scores, tiles
+from .storing import lse2_of_split, rows_of_split
 
 COLUMNS = gl.constexpr(32)
 KEYS_AT_ONCE = gl.constexpr(16)
@@ -40,9 +41,11 @@ def _load(rows, r, c, limit, L: gl.constexpr):
 
 @gluon.jit
 def attend_carefully(
-    first, task, steps, rule, plain, BOTTOM_RIGHT: gl.constexpr, BLOCK_N: gl.constexpr, STEPS: gl.constexpr
-):
-    """Store out for 64 rows from row `first` of a task's segment, whose lse is known; `steps` are prepared operands."""
+    first, task, steps, rule, plain, BOTTOM_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STEPS: gl.constexpr,
+):  # fmt: skip
+    """Store out for 64 rows from row `first` of a task's segment, or what its split leaves of it; their lse is known.
+    `steps` are prepared operands."""
     M: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     RIGHT_OPERAND: gl.constexpr = gl.DotOperandLayout(1, M, 2)
@@ -54,7 +57,10 @@ def attend_carefully(
     q = Rows(plain.q, task.batch_q, task.h, task.start_q)
     k = Rows(plain.k, task.batch_k, group_head, task.start_k)
     v = Rows(plain.v, task.batch_k, group_head, task.start_k)
-    out = Rows(plain.out, task.batch_q, task.h, task.start_q)
+    if rule.splits is None:
+        out = Rows(plain.out, task.batch_q, task.h, task.start_q)
+    else:
+        out = rows_of_split(task, rule, plain.out.cols, BLOCK_M)
     DTYPE: gl.constexpr = plain.q.ptr.dtype.element_ty
     ROWS: gl.constexpr = gl.SliceLayout(1, M)
     shift = task.used_k - task.used_q if BOTTOM_RIGHT else task.used_k * 0
@@ -63,9 +69,13 @@ def attend_carefully(
         gl.minimum(m, task.used_q - 1), task.used_k, task.used_q, task.used_k, shift, rule.rules.numbers, KEYS
     )
     hi = gl.where(m < task.used_q, hi, lo)
-    lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
-    lse = gl.load(rule.lse + lse_at + m, mask=m < task.stored, other=0.0)
-    lse2 = gl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
+    if rule.splits is None:
+        lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
+        lse = gl.load(rule.lse + lse_at + m, mask=m < task.stored, other=0.0)
+        lse2 = gl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
+    else:
+        lse2 = gl.load(lse2_of_split(m, task, rule, BLOCK_M), mask=m < task.stored, other=0.0)
+        lse2 = gl.where(lse2 == -float("inf"), float("inf"), lse2)
     start = task.top - (task.count - 1) * BLOCK_N
     stop = gl.minimum(task.top + BLOCK_N, task.used_k)
     r = (first + gl.arange(0, 64, layout=gl.SliceLayout(1, TALL)))[:, None]
@@ -101,5 +111,5 @@ def attend_carefully(
             taint = mma_v2(seen, gl.convert_layout(bad.to(DTYPE), RIGHT_OPERAND), taint)
         c = (column + gl.arange(0, WIDE, layout=gl.SliceLayout(0, M)))[None, :]
         tile = gl.where(taint > 0, float("nan"), acc * rule.scoring.inverse_keep)
-        at = tiles.base_of(out, 0) + (m.to(gl.int64)[:, None] * plain.out.row + c.to(gl.int64) * plain.out.col)
-        gl.store(at, tile.to(DTYPE), mask=(m < task.stored)[:, None] & (c < plain.out.cols))
+        at = tiles.base_of(out, 0) + (m.to(gl.int64)[:, None] * out.x.row + c.to(gl.int64) * out.x.col)
+        gl.store(at, tile.to(at.dtype.element_ty), mask=(m < task.stored)[:, None] & (c < plain.out.cols))

@@ -7,7 +7,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .pipeline import TASKS, Far, Task, free_task, get_task, load_tiles, put_task, query_task, ring_at, tasks_of
+from .pipeline import TASKS, Far, Task, all_tasks, free_task, get_task, load_tiles, put_task, query_task, ring_at
+from .storing import leave_nothing
 
 
 @gluon.jit
@@ -15,8 +16,7 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
     """The scheduler warp: claim tasks when the producer asks, and hand them on. It is not the producer itself, because
     what a task is takes about as long to work out as a tile of keys."""
     BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
-    per_head, heads = tasks_of(rule.spans, rule.sizes, BLOCK_M)
-    total = per_head * heads
+    total = all_tasks(rule, BLOCK_M)
     index = gl.program_id(0)
     done = 0
     far = None
@@ -25,7 +25,7 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
     while index < total:
         task = query_task(
             index, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS, 1,
-            SHAPE.SPARES, far,
+            SHAPE.SPARES, far, rule.splits,
         )  # fmt: skip
         if task.count > 0:
             put_task(buffers.tasks, done, task)
@@ -35,6 +35,8 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
             asked = gl.maximum(done - ahead, 0)
             mbarrier.wait(buffers.ask.index(asked % TASKS), (asked // TASKS) & 1, pred=done >= ahead)
             done += 1
+        elif rule.splits is not None:
+            leave_nothing(task, rule, BLOCK_M)
         index = gl.num_programs(0) + gl.atomic_add(counter, 1)
     zero = done * 0
     put_task(

@@ -15,16 +15,23 @@ import triton
 from ... import masks
 from ...problem import Call, Problem
 from ..bundles import Strided, coded
-from ..triton import launching, recording
+from ..triton import launching, recording, splitting
 from . import calls, reach
 from .calls import descriptor, hides, order
 from .forward_kernel import attention_forward
-from .pipeline import COUNTERS, Aside, Plain, Shape
+from .pipeline import COUNTERS, Aside, Parted, Plain, Shape
 
 # Weights are handed to the tensor core in the values' dtype. Where bf16 lets them be large, bases move seldom: data
 # whose scores grow by 17 powers of two with every tile took 1.03 times as long as FlashAttention-3 needs, 1.06 with
 # 2^40 (H200, 2026-11-21, head dim 128, causal, 4k). Values over about 1e11 can overflow fp32 on such data.
 LIMITS = {torch.float16: 2.0**12, torch.bfloat16: 2.0**80}
+
+
+# What choosing splits of keys counts with, in tiles of keys: a program's start and end, and combining the splits. And
+# the fewest tiles that a split has.
+START = 2
+COMBINING = 4
+LEAST = 4
 
 
 class Config(NamedTuple):
@@ -51,8 +58,8 @@ def rather_not(problem: Problem) -> Iterator[str]:
     """Why another kernel is likely the faster one."""
     if problem.seqlen_q <= 64:
         yield "with 64 query rows or fewer half of its tiles would be empty"
-    elif 2 * problem.batch * problem.heads * triton.cdiv(problem.seqlen_q, 128) < problem.hardware.multiprocessors:
-        yield "its tiles of 128 query rows would keep less than half of the GPU busy"
+    elif 2 * _tiles(problem, 2) < problem.hardware.multiprocessors and key_splits(problem, config(problem)) == 1:
+        yield "its tiles of 128 query rows would keep less than half of the GPU busy, and its keys are too few to split"
 
 
 def config(problem: Problem) -> Config:
@@ -77,10 +84,28 @@ def config(problem: Problem) -> Config:
     return Config(**max(rows, key=lambda row: (row["step"] is not None, row["seqlen_k"]))["config"])
 
 
+def _tiles(problem: Problem, groups: int) -> int:
+    """Tiles of query rows, of documents that are not packed."""
+    return problem.batch * problem.heads * triton.cdiv(problem.seqlen_q, 64 * groups)
+
+
 def _tiles_each(problem: Problem, groups: int) -> float:
     """Tiles of query rows for each multiprocessor."""
-    tiles = problem.batch * problem.heads * triton.cdiv(problem.seqlen_q, 64 * groups)
-    return tiles / problem.hardware.multiprocessors
+    return _tiles(problem, groups) / problem.hardware.multiprocessors
+
+
+def key_splits(problem: Problem, config: Config) -> int:
+    """Into how many parts the keys of each tile of query rows are split, so that few tiles keep the GPU busy. Windows'
+    are not: their rows see few."""
+    if problem.packed_q or problem.mask.bounds_left or problem.head_dim_v % config.WIDTH_V:
+        return 1
+    tiles, slots = _tiles(problem, config.GROUPS), problem.hardware.multiprocessors
+    keys = triton.cdiv(problem.seqlen_k, config.BLOCK_N)
+
+    def cost(count: int) -> int:
+        return triton.cdiv(tiles * count, slots) * (triton.cdiv(keys, count) + START) + (COMBINING if count > 1 else 0)
+
+    return min(range(1, max(keys // LEAST, 1) + 1), key=cost) if tiles < slots else 1
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
@@ -158,16 +183,22 @@ def shape(problem: Problem, config: Config) -> Shape:
     )
 
 
+def _count(problem: Problem, config: Config, call: Call) -> int:
+    """Splits of a launch. Who gives a number for calls of few query rows gets results that depend on nothing else."""
+    return key_splits(problem, config) if call.num_splits is None else 1
+
+
 def _grid(problem: Problem, config: Config, call: Call) -> tuple[int, int]:
-    """Programs of a launch, and tiles of query rows that they share."""
+    """Programs of a launch, and tasks that they share."""
     tiles = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], 64 * config.GROUPS)
-    return min(tiles, problem.hardware.multiprocessors), tiles
+    tasks = tiles * _count(problem, config, call)
+    return min(tasks, problem.hardware.multiprocessors), tasks
 
 
 def _workspace(problem: Problem, config: Config, call: Call) -> int:
     """How many zeros a launch takes: two counters, and where bands or lengths hide keys flags for careful.note_nan."""
-    programs, tiles = _grid(problem, config, call)
-    return COUNTERS + (programs + config.GROUPS * tiles if hides(problem) else 0)
+    programs, tasks = _grid(problem, config, call)
+    return COUNTERS + (programs + config.GROUPS * tasks if hides(problem) else 0)
 
 
 def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,6 +208,11 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
         return out.zero_(), lse.fill_(-torch.inf)
     workspace = launching.zeros(call.query.device, _workspace(problem, config, call))
     numbers = shape(problem, config)
+    spans, sizes, rules, scoring, operands = launching.bundle(problem, call)
+    splits = splitting.left_by(_count(problem, config, call), lse, problem.head_dim_v)
+    if splits is not None:
+        # Sinks join the denominator where splits are combined.
+        operands = operands._replace(sinks=None)
     arguments: tuple[Any, ...] = (
         descriptor(call.query, 64, config.WIDTH_D),
         descriptor(call.key, config.BLOCK_N, config.WIDTH_D),
@@ -188,14 +224,21 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
             workspace,
             workspace if hides(problem) else None,
             reach.norms(problem, call) if reach.pays(problem, numbers.TILTED) else None,
+            None if splits is None else Parted(splits.count, splits.out, splits.lse2),
         ),
         tuple(map(coded, order(problem, call, 64 * config.GROUPS))),
-        *launching.bundle(problem, call),
+        spans,
+        sizes,
+        rules,
+        scoring,
+        operands,
         numbers,
         launching.steps(problem),
     )
     programs, _ = _grid(problem, config, call)
     launching.launch(attention_forward, programs, call.query.device, arguments, num_warps=4)
+    if splits is not None:
+        splitting.combine_rows(splits, out, lse, call, sizes)
     return out, lse
 
 

@@ -20,8 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..bundles import Rows
-from ..device import scores, tiles
+from ..device import tiles
 from . import compat, dropping, lanes
 from .careful import attend_carefully, note_nan
 from .feeding import produce, schedule
@@ -32,6 +31,7 @@ from .pipeline import (
     Inputs,
     Ring,
     Rule,
+    all_tasks,
     barriers,
     forget,
     forget_ring,
@@ -40,7 +40,6 @@ from .pipeline import (
     landed,
     matrix,
     operand,
-    parts,
     pass_turn,
     query_task,
     read_task,
@@ -49,10 +48,10 @@ from .pipeline import (
     steps_of,
     take_turn,
     task_ring,
-    tasks_of,
     zeros,
 )
-from .scoring import lead, masked, row_maxima, scores_of, shift, softmax, spread
+from .scoring import masked, row_maxima, scores_of, shift, softmax, spread
+from .storing import store, totals
 
 FLAGS = gl.constexpr(COUNTERS)
 
@@ -121,104 +120,17 @@ def _weight_value(p, buffers, stage, acc, use_acc, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _log2(x):
-    """log2 of normal numbers x > 0. The hardware's is exact to a part of its result, which may be 40 here; of [1, 2) to
-    a part of 1."""
-    bits = x.to(gl.int32, bitcast=True)
-    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(gl.float32, bitcast=True)
-    return ((bits >> 23) - 127).to(gl.float32) + gl.log2(mantissa)
-
-
-@gluon.jit
-def _totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS: gl.constexpr):
-    """Store lse [64] of a task's rows; the factors [64] from their accumulators to the output, 0 for rows that see no
-    key."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHAPE.WIDTH_V, 16])
-    ROWS: gl.constexpr = gl.SliceLayout(1, ACC)
-    at = task.row + WG * 64 + gl.arange(0, 64, layout=ROWS)
-    row_sum = gl.convert_layout(gl.sum(sums, 1), ROWS)
-    row_max = gl.convert_layout(gl.max(base, 1), ROWS) + lead(task, at, rule, SHAPE, STEPS)
-    # Sinks join the denominator of rows that see a key; rows that see none are 0, their lse -inf.
-    none = (row_sum == 0.0) | (at >= task.used_q)
-    decay = gl.full([64], 1.0, gl.float32, ROWS)
-    if rule.operands.sinks is not None:
-        sink = gl.load(rule.operands.sinks + task.h).to(gl.float32) * scores.LOG2E
-        new_max = gl.maximum(row_max, sink)
-        decay = gl.exp2(row_max - new_max)
-        row_sum = row_sum * decay + gl.exp2(sink - new_max)
-        row_max = new_max
-    total = gl.where(none, 1.0, row_sum)
-    lse = gl.where(none, -float("inf"), (row_max + _log2(total)) * scores.LN2)
-    lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
-    gl.store(rule.lse + lse_at + at, lse, mask=at < task.stored)
-    return gl.where(none, 0.0, decay * rule.scoring.inverse_keep / total)
-
-
-@gluon.jit
 def _finish(acc, weight, index, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr):
     """Store out [64, Dv] of the rows of the index-th task."""
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     task = read_task(buffers.tasks, index, 4)
     if rule.flags is not None:
         # NaN here may come from a value that no row of the tile sees: `_repair` looks again.
-        per_head, heads = tasks_of(rule.spans, rule.sizes, 64 * SHAPE.GROUPS)
+        place = WG * all_tasks(rule, 64 * SHAPE.GROUPS) + task.index
         for c in gl.static_range(CHUNKS_V):
-            note_nan(acc[c], rule.flags, WG * per_head * heads + task.index)
-    _store(acc, weight, task, rule, inputs, buffers, WG, SHAPE)
+            note_nan(acc[c], rule.flags, place)
+    store(acc, weight, task, rule, inputs, buffers, WG, SHAPE)
     free_task(buffers.tasks, index)
-
-
-@gluon.jit
-def _store(acc, weight, task, rule, inputs, buffers, WG: gl.constexpr, SHAPE: gl.constexpr):
-    """Store out [64, Dv] of a task's rows: accumulators times the rows' weights, 0 in rows that see nothing."""
-    WIDTH: gl.constexpr = SHAPE.WIDTH_OUT
-    PARTS: gl.constexpr = SHAPE.WIDTH_V // WIDTH
-    CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
-    OUT: gl.constexpr = inputs.out.dtype
-    row = task.row + WG * 64
-    for c in gl.static_range(CHUNKS_V):
-        tile = acc[c] * weight[:, None]
-        if rule.spans.used_q is not None:
-            # Rows of padding may hold anything, and 0 times an infinity is NaN.
-            tile = gl.where((weight == 0.0)[:, None], 0.0, tile)
-        tiles_out = parts(tile.to(OUT), WIDTH)
-        if rule.spans.cu_q is None:
-            for i in gl.static_range(PARTS):
-                _store_by_tma(tiles_out[i], row, c * PARTS + i, task, inputs, buffers, WG)
-        else:
-            if row + 64 <= task.stored:
-                for i in gl.static_range(PARTS):
-                    _store_by_tma(tiles_out[i], row, c * PARTS + i, task, inputs, buffers, WG)
-            else:
-                # TMA would write over the next document's rows.
-                rows = Rows(inputs.plain.out, task.batch_q, task.h, task.start_q)
-                for i in gl.static_range(PARTS):
-                    _store_by_pointer(tiles_out[i], row, (c * PARTS + i) * WIDTH, task.stored, rows)
-
-
-@gluon.jit
-def _store_by_tma(tile, row, chunk, task, inputs, buffers, WG: gl.constexpr):
-    """Store [64, WIDTH] at row `row` of a task's segment through shared memory."""
-    WIDTH: gl.constexpr = tile.shape[1]
-    staging = buffers.out.index(WG)
-    compat.store_wait(0)
-    staging.store(tile)
-    fence_async_shared()
-    compat.store(
-        inputs.out,
-        [task.batch_q, task.h, task.start_q + row, chunk * WIDTH],
-        compat.view(staging, [1, 1, 64, WIDTH], matrix(WIDTH, 4)),
-    )
-
-
-@gluon.jit
-def _store_by_pointer(tile, row, column, limit, rows):
-    """Store [64, WIDTH] as rows row .. row + 64 of a segment, those below limit."""
-    L: gl.constexpr = tile.type.layout
-    r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
-    c = column + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, L))
-    at = tiles.base_of(rows, 0) + (r.to(gl.int64)[:, None] * rows.x.row + c[None, :] * rows.x.col)
-    gl.store(at, tile, mask=(r < limit)[:, None] & (c < rows.x.cols)[None, :])
 
 
 @gluon.jit
@@ -358,7 +270,7 @@ def _consume(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, STEPS
         if begins:
             # Read here: fields that only this needs would take registers from the loop.
             task = read_task(buffers.tasks, begun - 1, 4)
-            weight = _totals(base, sums, task, rule, WG, SHAPE, STEPS)
+            weight = totals(base, sums, task, rule, WG, SHAPE, STEPS)
             sums = gl.full([64, 4], 0.0, gl.float32, L)
         s = warpgroup_mma_wait(SHAPE.CHUNKS_V, (s,))
         s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
@@ -439,7 +351,7 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
         if begun > 0:
             mbarrier.arrive(buffers.v.free.index(stage_v))
             last = read_task(buffers.tasks, begun - 1, 4)
-            weight = _totals(base, sums, last, rule, WG, SHAPE, STEPS)
+            weight = totals(base, sums, last, rule, WG, SHAPE, STEPS)
             _finish(acc, weight, begun - 1, rule, inputs, buffers, WG, SHAPE)
         acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
         task = get_task(buffers.tasks, begun, 4)
@@ -537,7 +449,7 @@ def attention_forward(
     places = None
     if aside.flags is not None:
         places = aside.flags + FLAGS
-    rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, places, aside.norms)
+    rule = Rule(spans, tiles.sizes_of(coded_sizes), rules, scoring, operands, lse, places, aside.norms, aside.splits)
     order = (tiles.decoded(coded_order[0]), tiles.decoded(coded_order[1]))
     if GROUPS == 2:
         gl.warp_specialize(
@@ -580,17 +492,18 @@ def _repair(inputs, rule, order, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
     program = gl.program_id(0)
     if gl.load(rule.flags + program) != 0:
-        per_head, heads = tasks_of(rule.spans, rule.sizes, BLOCK_M)
-        total = per_head * heads
+        total = all_tasks(rule, BLOCK_M)
         places = rule.flags + gl.num_programs(0)
         for place in range(0, total * SHAPE.GROUPS):
             if gl.load(places + place) == program + 1:
                 task = query_task(
                     place % total, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N,
-                    SHAPE.BOTTOM_RIGHT, STEPS, 4,
+                    SHAPE.BOTTOM_RIGHT, STEPS, 4, splits=rule.splits,
                 )  # fmt: skip
                 steps = steps_of(task.h, task, rule, STEPS)
                 first = task.row + place // total * 64
-                attend_carefully(first, task, steps, rule, inputs.plain, SHAPE.BOTTOM_RIGHT, SHAPE.BLOCK_N, STEPS)
+                attend_carefully(
+                    first, task, steps, rule, inputs.plain, SHAPE.BOTTOM_RIGHT, BLOCK_M, SHAPE.BLOCK_N, STEPS
+                )
                 gl.store(places + place, 0)
         gl.store(rule.flags + program, 0)

@@ -75,11 +75,12 @@ class Plain(NamedTuple):
 
 class Aside(NamedTuple):
     """Memory beside inputs and results: the workspace, whose start is counters; the same again where its flags are
-    needed; norms for reach.py where they are."""
+    needed; norms for reach.py where they are; where keys are split, Parted."""
 
     counter: Any
     flags: Any
     norms: Any
+    splits: Any
 
 
 class Buffers(NamedTuple):
@@ -94,9 +95,19 @@ class Buffers(NamedTuple):
     ask: Any
 
 
+class Parted(NamedTuple):
+    """Where the keys of a tile of query rows are split among S tasks: S, coded as sizes are, and what these leave for
+    splitting.combine, fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S]."""
+
+    count: Any
+    out: Any
+    lse2: Any
+
+
 class Rule(NamedTuple):
     """What all tiles share: lengths, sizes, bands' numbers, scoring, operands, lse; where keys may be hidden zeros
-    [programs + GROUPS * tasks], for careful.note_nan; and where ALiBi's reach is worth to know norms, see reach.py."""
+    [programs + GROUPS * tasks], for careful.note_nan; where ALiBi's reach is worth to know norms, see reach.py; and
+    where keys are split Parted."""
 
     spans: Any
     sizes: Any
@@ -106,6 +117,7 @@ class Rule(NamedTuple):
     lse: Any
     flags: Any
     norms: Any
+    splits: Any
 
 
 class Far(NamedTuple):
@@ -278,6 +290,30 @@ def tasks_of(spans, sizes, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
+def split_of(index, spans, sizes, splits, BLOCK_M: gl.constexpr):
+    """Which split the index-th task is of, the index of its tile, and how many splits there are; all tiles of one split
+    come first. `splits` is Parted or None."""
+    split = 0
+    count = 1
+    if splits is not None:
+        per_head, heads = tasks_of(spans, sizes, BLOCK_M)
+        count = tiles.decoded(splits.count)
+        split = index // (per_head * heads)
+        index = index % (per_head * heads)
+    return split, index, count
+
+
+@gluon.jit
+def all_tasks(rule, BLOCK_M: gl.constexpr):
+    """How many tasks all programs share, those without rows or keys too."""
+    per_head, heads = tasks_of(rule.spans, rule.sizes, BLOCK_M)
+    total = per_head * heads
+    if rule.splits is not None:
+        total *= tiles.decoded(rule.splits.count)
+    return total
+
+
+@gluon.jit
 def placed(index, per_head, heads, order):
     """Which head's turn the index-th is in the order of calls.order, and which turn of that head."""
     together, kept = order
@@ -317,11 +353,13 @@ def _reach(far, head_q, head_k, heads, h, b, row, sizes, BLOCK_M: gl.constexpr, 
 @gluon.jit
 def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr,
-               SPARES: gl.constexpr = False, far=None):  # fmt: skip
+               SPARES: gl.constexpr = False, far=None, splits=None):  # fmt: skip
     """The index-th task: heads begin with their last tile, the longest under a causal mask. A task without stored rows
-    has count 0. `far` is a Far where tiles that do not matter are to be left out."""
+    has count 0, a split without keys 0 or less. `far` is a Far where tiles that do not matter are to be left out,
+    `splits` as for `split_of`."""
     per_head, heads = tasks_of(spans, sizes, BLOCK_M)
-    head, turn = placed(index, per_head, heads, order)
+    split, place, parts = split_of(index, spans, sizes, splits, BLOCK_M)
+    head, turn = placed(place, per_head, heads, order)
     tile = per_head - 1 - turn
     h = head % sizes.H
     if spans.cu_q is None:
@@ -350,10 +388,16 @@ def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N
         )  # fmt: skip
         start = gl.maximum(start, gl.min(gl.where(lo < hi, hi, used_k), 0) - far_start)
     count = gl.maximum(top - start // BLOCK_N, 0) + 1
+    if splits is not None:
+        share = gl.cdiv(count, parts)
+        top -= split * share
+        count = gl.minimum(share, count - split * share)
     spared = count * 0
     if SPARES:
         stop = gl.max(gl.where((m < row + 64) & (lo < hi), hi, 0), 0)
         spared = gl.minimum(top - gl.maximum(gl.cdiv(stop, BLOCK_N) - 1, 0), count - 1)
+        if splits is not None:
+            spared = gl.maximum(spared, 0)
     count = gl.where(row < stored, count, 0)
     return Task(
         index, row, h, b, batch_q, start_q, stored, used_q, batch_k, start_k, used_k,
