@@ -133,7 +133,11 @@ def count(loop: list[str], name: str) -> int:
     ],
 )  # fmt: skip
 def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
-    kernel = compiled(width, feature, seqlen)
+    hold_main_loop(width, feature, seqlen)
+
+
+def hold_main_loop(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1) -> None:
+    kernel = compiled(width, feature, seqlen, splits)
     config = kernel_config(width, feature, seqlen)
     # Depth of Q K^T in steps of 16, and of P V for each tile of columns.
     columns = -(-width[0] // config.WIDTH_D) * config.WIDTH_D

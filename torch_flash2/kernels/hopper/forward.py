@@ -5,6 +5,7 @@ B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -56,9 +57,12 @@ def why_not(problem: Problem) -> Iterator[str]:
 
 def rather_not(problem: Problem) -> Iterator[str]:
     """Why another kernel is likely the faster one."""
+    few = 2 * _tiles(problem, 2) < problem.hardware.multiprocessors
+    if few and key_splits(problem, config(problem)) > 1:
+        return
     if problem.seqlen_q <= 64:
         yield "with 64 query rows or fewer half of its tiles would be empty"
-    elif 2 * _tiles(problem, 2) < problem.hardware.multiprocessors and key_splits(problem, config(problem)) == 1:
+    elif few:
         yield "its tiles of 128 query rows would keep less than half of the GPU busy, and its keys are too few to split"
 
 
@@ -99,13 +103,20 @@ def key_splits(problem: Problem, config: Config) -> int:
     are not: their rows see few."""
     if problem.packed_q or problem.mask.bounds_left or problem.head_dim_v % config.WIDTH_V:
         return 1
-    tiles, slots = _tiles(problem, config.GROUPS), problem.hardware.multiprocessors
-    keys = triton.cdiv(problem.seqlen_k, config.BLOCK_N)
+    tiles = _tiles(problem, config.GROUPS)
+    if tiles >= problem.hardware.multiprocessors:
+        return 1
+    return _best_splits(tiles, triton.cdiv(problem.seqlen_k, config.BLOCK_N), problem.hardware.multiprocessors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_splits(tiles: int, keys: int, slots: int) -> int:
+    """Splits of `keys` tiles of keys for each of so many tiles of query rows."""
 
     def cost(count: int) -> int:
         return triton.cdiv(tiles * count, slots) * (triton.cdiv(keys, count) + START) + (COMBINING if count > 1 else 0)
 
-    return min(range(1, max(keys // LEAST, 1) + 1), key=cost) if tiles < slots else 1
+    return min(range(1, max(keys // LEAST, 1) + 1), key=cost)
 
 
 def candidates(problem: Problem) -> Iterator[Config]:
