@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--suite",
         type=words,
         required=True,
-        help="forward,backward,features,models,memory,decode,matrix,train,kvcache,context_parallel",
+        help="forward,backward,features,models,memory,decode,matrix,train,kvcache,few,context_parallel",
     )
     run.add_argument("--ours", type=words, default=("torch_flash2",), help="see providers.py")
     run.add_argument("--against", type=words, help="peers; by default those of each case")

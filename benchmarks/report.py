@@ -339,6 +339,9 @@ def sections(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         elif path.stem == "kvcache":
             lines = [[row["case"], row["provider"], f"{float(row['ms']):.3f}", row["gbps"]] for row in rows]
             texts[path.stem] = f"{_table(['step', 'provider', 'ms', 'GB/s'], lines)}\n\n{source}"
+        elif path.stem == "few":
+            lines = [[row["case"], row["provider"], f"{1e3 * float(row['ms']):.1f}", row["tflops"]] for row in rows]
+            texts[path.stem] = f"{_table(['rows of keys', 'provider', 'us', 'TFLOP/s'], lines)}\n\n{source}"
         elif path.stem == "context_parallel":
             texts[path.stem] = f"{context_parallel_table(rows)}\n\n{source}"
         elif path.stem == "memory":

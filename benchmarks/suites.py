@@ -19,7 +19,7 @@ from torch_flash2.testing import CASES, Case
 DIRECTIONS = ("forward", "backward")
 SUITES = (*DIRECTIONS, "deterministic", "features", "models", "memory", "decode")
 # Suites that are modules of their own, each with `run(options)`.
-MODULES = ("matrix", "train", "kvcache", "context_parallel")
+MODULES = ("matrix", "train", "kvcache", "few", "context_parallel")
 GRID_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 GRID_HEAD_DIMS = (64, 128, 256)
 _TERM = re.compile(r"full|causal|window\((-|\d+), (-|\d+)\)")

@@ -18,6 +18,7 @@ from benchmarks import (
     check,
     context_parallel,
     data,
+    few,
     gpt,
     kvcache,
     matrix,
@@ -360,14 +361,16 @@ def test_matrix_rate_is_a_dashed_line(tmp_path: Path) -> None:
 
 def test_modules_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The suites that are modules, on the CPU: each writes its table, which the report draws."""
-    run(tmp_path, "--suite", "matrix,kvcache", "--dtype", "fp32")
+    run(tmp_path, "--suite", "matrix,kvcache,few", "--dtype", "fp32")
     assert [row["provider"] for row in read(tmp_path / "matrix.csv")] == ["matmul"]
     rows = read(tmp_path / "kvcache.csv")
     assert [row["case"] for row in rows] == ["copy", "llama-b3-rows", "llama-b3-page64", "llama-b3-page256"]
+    assert {row["case"] for row in read(tmp_path / "few.csv")} == {case.name for case in few.CASES}
     run(tmp_path, "--suite", "context_parallel")
     ways = ["torch_flash2 x1", "sdpa x1", "torch_flash2 x2 alltoall", "torch_flash2 x2 allgather"]
     assert [row["provider"] for row in read(tmp_path / "context_parallel.csv")] == ways
     texts, _ = report.sections(tmp_path)
+    assert "| 32-of-16k-h32 | torch_flash2 |" in texts["few"]
     assert "| torch_flash2 x2 allgather |" in texts["context_parallel"] and "| llama-b3-page64 |" in texts["kvcache"]
     assert "[#############.......] 3/3 llama-b3-page256" in capsys.readouterr().err
 
