@@ -38,6 +38,8 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# Fewer than a GPU's multiprocessors.
+FEW_TILES = 132
 Call = Callable[[Inputs], torch.Tensor]
 
 
@@ -273,7 +275,9 @@ def _heads_first(shape: Shape, tensor: torch.Tensor) -> torch.Tensor:
 class _FA3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, options: dict[str, Any]) -> Any:
-        out, lse = torch.ops.flash_attn_3.fwd(query, key, value, num_splits=1, **options)[:2]
+        # Where tiles of rows are few it chooses its splits of keys itself (0).
+        few = query.dim() == 4 and query.shape[0] * query.shape[2] * -(-query.shape[1] // 128) < FEW_TILES
+        out, lse = torch.ops.flash_attn_3.fwd(query, key, value, num_splits=0 if few else 1, **options)[:2]
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.options = options
         return out
