@@ -411,8 +411,7 @@ def test_gpt_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     )
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> list[torch.Tensor]:
-        # Few tiles of rows.
-        assert options == dict(is_causal=True, num_splits=0)
+        assert options == dict(is_causal=True, num_splits=1)
         out = gpt.stock(*(tensor.transpose(1, 2) for tensor in (q, k, v))).transpose(1, 2)
         return [out, q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)]
 
