@@ -5,8 +5,10 @@ B segments, H query heads, G key/value heads, M query rows, N keys, D head dim o
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +135,45 @@ def check(case: Case, device: str = "cpu", seed: int = 0, **how: Any) -> None:
     # Softcap of 16-bit inputs may use the hardware's tanh.
     plain_lse = plain.lse if case.softcap is not None else single.lse
     testing._compare(f"{case.name} {how}, lse, seed {seed}", lse, exact.lse, plain_lse, 0.0)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "count", "cols", "sinks"),
+    [((1, 3, 33), 4, 64, True), ((2, 2, 17), 3, 128, False), ((1, 2, 20), 7, 96, True), ((1, 1, 2100), 2, 64, True)],
+)
+def test_combining_rows_at_a_time(shape: tuple[int, int, int], count: int, cols: int, sinks: bool) -> None:
+    """Both kernels that combine splits give the sum over them, of those in which a row sees a key."""
+    pytest.importorskip("triton")
+    from torch_flash2.kernels.bundles import Sizes
+    from torch_flash2.kernels.triton import splitting
+
+    torch.manual_seed(0)
+    lse, out = torch.empty(shape), torch.empty(*shape, cols)
+    splits = splitting.left_by(count, lse, cols)
+    assert splits is not None
+    splits.out.normal_()
+    splits.lse2.normal_().mul_(3)
+    unseen = torch.rand(splits.lse2.shape) < 0.3
+    unseen[5] = True
+    splits.lse2[unseen] = -torch.inf
+    splits.out[unseen] = torch.nan
+    sink = torch.randn(shape[1]) if sinks else None
+    call: Any = SimpleNamespace(sinks=sink, query=lse)
+    sizes = Sizes.coded(*shape[:2], 1, shape[2], 100)
+    parts = [splits.lse2.double() * math.log(2)]
+    if sink is not None:
+        parts.append(sink.double()[None, :, None].expand(shape).reshape(-1, 1))
+    none = unseen.all(1)
+    wanted_lse = torch.cat(parts, 1).logsumexp(1).masked_fill(none, -torch.inf)
+    weights = (parts[0] - wanted_lse[:, None]).exp().masked_fill(unseen, 0)
+    wanted = (weights[..., None] * splits.out.double().nan_to_num()).sum(1)
+    combines = (splitting.combine, splitting.combine_rows) if lse.numel() < 1000 else (splitting.combine_rows,)
+    for combine in combines:
+        out.fill_(torch.nan)
+        combine(splits, out, lse.fill_(torch.nan), call, sizes)
+        torch.testing.assert_close(out.flatten(0, 2).double(), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.flatten().double(), wanted_lse, atol=1e-5, rtol=1e-5)
 
 
 @interpreted
