@@ -26,7 +26,7 @@ from .report import LIMITS
 from .results import Row
 from .runner import Run
 from .suites import Shape, span
-from .timing import Entry
+from .timing import Entry, replayed
 
 GEMM = 8192
 Step = Callable[[], torch.Tensor]
@@ -198,31 +198,11 @@ def limits(shape: Shape, caches: Caches, inputs: Inputs) -> list[Entry]:
     square = torch.randn(2, size, size, device=key.device).to(key.dtype)
     copied = 2 * key.numel() * key.element_size()
     return [
-        Entry(shape, "copy", _replayed(lambda: other.copy_(key)), nullcontext, 0.0, copied),
-        Entry(shape, "gemm", _replayed(lambda: square[0] @ square[1]), nullcontext, 2.0 * size**3, 6 * size**2),
+        Entry(shape, "copy", replayed(lambda: other.copy_(key), key.device), nullcontext, 0.0, copied),
+        Entry(
+            shape, "gemm", replayed(lambda: square[0] @ square[1], key.device), nullcontext, 2.0 * size**3, 6 * size**2
+        ),
     ]
-
-
-def _replayed(step: Step) -> Callable[[int], object]:
-    """Run a step: replay the CUDA graph of it where there is one."""
-    if not torch.cuda.is_available():
-        step()
-        return lambda i: step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def run(i: int, step: Step = step) -> None:
-        # The graph knows addresses alone: the step keeps its tensors alive.
-        graph.replay()
-
-    return run
 
 
 class DecodeRun(Run):
@@ -243,7 +223,7 @@ class DecodeRun(Run):
                 if reference is not None and not self.right(shape, each, sample, reference):
                     continue
                 with torch.no_grad(), each.context():
-                    run = _replayed(lambda each=each: each.call(inputs))  # type: ignore[misc]
+                    run = replayed(lambda each=each: each.call(inputs), self.device)  # type: ignore[misc]
                 found.append(Entry(shape, each.label, run, each.context, *counts))
             except Exception as error:
                 self.refuse(shape, providers.label(name), str(error)[:300] or type(error).__name__)

@@ -8,19 +8,15 @@ B batch, H query heads, G key/value heads, M query rows, N keys, D head dim.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-from time import perf_counter
-
 import torch
 
-from torch_flash2.oracle import Inputs
 from torch_flash2.testing import Case
 
-from . import providers
+from . import data, providers
 from .results import COLUMNS, Row, Table, environment
 from .runner import Options, progress
 from .suites import Shape
+from .timing import Entry, interleave, replayed
 
 # B, H, G, M, N, D and Dv.
 CASES = (
@@ -37,40 +33,6 @@ PROVIDERS = ("torch_flash2", "torch_flash2:triton", "fa3", "cudnn", "fa2")
 CALLS = 8
 
 
-def timer(provider: providers.Provider, inputs: Inputs) -> Callable[[], float]:
-    """Runs a provider's forward CALLS times and gives the milliseconds of one."""
-
-    def calls() -> None:
-        with provider.context(), torch.no_grad():
-            for _ in range(CALLS):
-                provider.call(inputs)
-
-    calls()
-    if inputs.query.device.type != "cuda":
-
-        def measured() -> float:
-            start = perf_counter()
-            calls()
-            return (perf_counter() - start) * 1e3 / CALLS
-
-        return measured
-    calls()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-
-    def replayed() -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / CALLS
-
-    return replayed
-
-
 def run(options: Options) -> None:
     """Every case with every provider, in the same rounds."""
     device = torch.device(options.device)
@@ -81,22 +43,30 @@ def run(options: Options) -> None:
         shape = Shape(case, "forward")
         if device.type != "cuda":
             shape = shape.tiny()
-        inputs = shape.case.inputs(device)
-        timers = {}
+        sample = data.make(shape, device, 0, False)
+        entries = []
         for name in PROVIDERS if device.type == "cuda" else PROVIDERS[:1]:
             try:
-                timers[name] = timer(providers.make(name, shape, inputs), inputs)
+                entries.append(entry(shape, providers.make(name, shape, sample.inputs), sample))
             except (providers.RefusedError, ImportError) as error:
                 print(f"{case.name}: not {name}: {error}", flush=True)
-        times: dict[str, list[float]] = {name: [] for name in timers}
-        for _ in range(options.rounds):
-            for name, measure in timers.items():
-                times[name].append(measure())
+        interleave(entries, options.rounds, options.window_ms, device)
         sizes = {"head_dim": str(case.head_dim), "seqlen": str(case.seqlen_k), "case": case.name}
-        flops = 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k * case.head_dim
-        for name, found in times.items():
-            ms = statistics.median(found)
-            row = {"provider": name, "ms": f"{ms:.4f}", "tflops": f"{flops / ms / 1e9:.0f}"}
+        for each in entries:
+            ms, low, high = (time / CALLS for time in (each.ms, min(each.times), max(each.times)))
+            row = {"provider": each.label, "ms": f"{ms:.4f}", "tflops": f"{each.flops / each.ms / 1e9:.0f}"}
             table.append(same | sizes | row)
-            print(f"{case.name} {name}: {ms * 1e3:.1f} us [{min(found) * 1e3:.1f}, {max(found) * 1e3:.1f}]", flush=True)
+            print(f"{case.name} {each.label}: {ms * 1e3:.1f} us [{low * 1e3:.1f}, {high * 1e3:.1f}]", flush=True)
     table.compact()
+
+
+def entry(shape: Shape, provider: providers.Provider, sample: data.Sample) -> Entry:
+    """CALLS forwards of a provider."""
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            provider.call(sample.inputs)
+
+    with torch.no_grad(), provider.context():
+        step = replayed(calls, sample.inputs.query.device)
+    return Entry(shape, provider.label, torch.no_grad()(step), provider.context, CALLS * sample.flops("forward"), 0)

@@ -91,6 +91,28 @@ def entry(shape: Shape, provider: Provider, samples: list[Sample]) -> Entry:
     return Entry(shape, provider.label, run, provider.context, *counts)
 
 
+def replayed(step: Callable[[], object], device: torch.device) -> Callable[[int], object]:
+    """Run a step: replay the CUDA graph of it where there is one."""
+    if device.type != "cuda":
+        step()
+        return lambda i: step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def run(i: int, step: Callable[[], object] = step) -> None:
+        # The graph knows addresses alone: the step keeps its tensors alive.
+        graph.replay()
+
+    return run
+
+
 def window(entry: Entry, calls: int, device: torch.device) -> float:
     """Milliseconds a call, over `calls` calls back to back after one that is not counted."""
     with entry.context():
