@@ -37,12 +37,13 @@ PROGRAMS = 2
 
 
 class Checked(NamedTuple):
-    """A call, how it is forced, whether its backward runs, and by which kernel."""
+    """A call, how it is forced, whether its backward runs, by which kernel, and on how many multiprocessors."""
 
     case: Case
     config: dict[str, Any] | None = None
     backward: bool = False
     kernel: str = "hopper"
+    programs: int = PROGRAMS
 
 
 def _case(head_dim: int, mask: str = "causal", **more: Any) -> Case:
@@ -66,8 +67,8 @@ CALLS = {
     "128-packed": Checked(_case(128, **_PACKED)),
     "128-alibi": Checked(_case(128, alibi=1)),
     "128-softcap-sinks": Checked(_case(128, softcap=20.0, sinks=True)),
+    "128-splits": Checked(_case(128, "causal @ bottom-right", seqlen_q=130, seqlen_k=3000), programs=132),
     "192-causal": Checked(_case(192)),
-    "128-splits": Checked(_case(128, "causal @ bottom-right", seqlen_q=130, seqlen_k=3000)),
     "256-full": Checked(_case(256, "full")),
     "256-causal": Checked(_case(256)),
     "256-packed": Checked(_case(256, **_PACKED)),
@@ -145,9 +146,8 @@ def attended(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def run(name: str, without: str | None) -> str:
     """Run one call in this process and hold its results to math attention's; says what they were."""
     real = hardware.of
-    case, config, backward, kernel = CALLS[name]
-    if "splits" not in name:
-        hardware.of = lambda device: dataclasses.replace(real(device), multiprocessors=PROGRAMS)  # type: ignore[assignment]
+    case, config, backward, kernel, programs = CALLS[name]
+    hardware.of = lambda device: dataclasses.replace(real(device), multiprocessors=programs)  # type: ignore[assignment]
     if without is not None:
         edit(EDITS[without])
     if backward:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import compile_all
 import pytest
 import torch
-from test_hopper import hold_main_loop, hopper
+from test_hopper import hold_leaks, hold_main_loop, hold_to_math, hopper
 
-import torch_flash2
 from torch_flash2 import testing
 from torch_flash2.testing import Case
 
@@ -30,10 +29,10 @@ CASES = (
 )  # fmt: skip
 
 
-def splits(case: Case, arch: str = "sm90") -> int:
+def splits(case: Case) -> int:
     from torch_flash2.kernels.hopper import forward
 
-    posed = compile_all.posed(case, "forward", arch)[0]
+    posed = compile_all.posed(case, "forward", "sm90")[0]
     return forward.key_splits(posed, forward.config(posed))
 
 
@@ -89,10 +88,7 @@ def test_main_loop(width: tuple[int, int], feature: str) -> None:
 @hopper
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_math(case: Case) -> None:
-    inputs = case.inputs("cuda")
-    plan = torch_flash2.explain(*inputs.arguments, **inputs.keywords)
-    assert "runs on hopper" in str(plan)
-    testing.check(case, device="cuda")
+    hold_to_math(case)
 
 
 @pytest.mark.gpu
@@ -115,18 +111,4 @@ def test_launches_are_equal(name: str) -> None:
 @pytest.mark.parametrize(("mask", "dim"), [("causal @ bottom-right", 64), ("causal", 128), ("window(-, 50)", 256)])
 def test_nothing_leaks_from_behind_a_mask(mask: str, dim: int) -> None:
     """NaN and infinite keys and values, in one split, reach the rows that see them and no others."""
-    torch.manual_seed(0)
-    M, N = 1200, 1500
-    q, k, v = (torch.randn(1, 2, n, dim, device="cuda", dtype=torch.bfloat16) for n in (M, N, N))
-    with torch_flash2.force("hopper"), torch.no_grad():
-        clean = torch_flash2.attention(q, k, v, mask)
-        v[:, :, 1000] = float("nan")
-        v[:, 1, 1002, 3] = float("inf")
-        k[:, :, 1001] = float("inf")
-        out = torch_flash2.attention(q, k, v, mask)
-    visible = torch_flash2.masks.parse(mask).visible(
-        torch.arange(M, device="cuda")[:, None], torch.arange(N, device="cuda")[None], M, N
-    )
-    touched = visible[:, 1000:1003].any(-1)
-    assert out[:, :, visible[:, 1000] | visible[:, 1001]].isnan().all()
-    torch.testing.assert_close(out[:, :, ~touched], clean[:, :, ~touched], atol=2e-2, rtol=2e-2)
+    hold_leaks(mask, (1, 2, 1200, dim), 1500, 1000)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..bundles import Dropout, Rows
 from ..device import bands, philox, scores, tiles
-from .storing import lse2_of_split, rows_of_split
+from .storing import first_row, lse2_of_split, rows_of_split
 
 COLUMNS = gl.constexpr(32)
 KEYS_AT_ONCE = gl.constexpr(16)
@@ -70,7 +70,7 @@ def attend_carefully(
     )
     hi = gl.where(m < task.used_q, hi, lo)
     if rule.splits is None:
-        lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
+        lse_at = first_row(task, rule)
         lse = gl.load(rule.lse + lse_at + m, mask=m < task.stored, other=0.0)
         lse2 = gl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
     else:

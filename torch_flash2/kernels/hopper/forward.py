@@ -5,7 +5,6 @@ B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -27,12 +26,8 @@ from .pipeline import COUNTERS, Aside, Parted, Plain, Shape
 # 2^40 (H200, 2026-11-21, head dim 128, causal, 4k). Values over about 1e11 can overflow fp32 on such data.
 LIMITS = {torch.float16: 2.0**12, torch.bfloat16: 2.0**80}
 
-
-# What choosing splits of keys counts with, in tiles of keys: a program's start and end, and combining the splits. And
-# the fewest tiles that a split has.
-START = 2
+# What combining the splits of keys takes, in tiles of keys.
 COMBINING = 4
-LEAST = 4
 
 
 class Config(NamedTuple):
@@ -103,20 +98,11 @@ def key_splits(problem: Problem, config: Config) -> int:
     are not: their rows see few."""
     if problem.packed_q or problem.mask.bounds_left or problem.head_dim_v % config.WIDTH_V:
         return 1
-    tiles = _tiles(problem, config.GROUPS)
-    if tiles >= problem.hardware.multiprocessors:
+    tiles, slots = _tiles(problem, config.GROUPS), problem.hardware.multiprocessors
+    if tiles >= slots:
         return 1
-    return _best_splits(tiles, triton.cdiv(problem.seqlen_k, config.BLOCK_N), problem.hardware.multiprocessors)
-
-
-@functools.lru_cache(maxsize=4096)
-def _best_splits(tiles: int, keys: int, slots: int) -> int:
-    """Splits of `keys` tiles of keys for each of so many tiles of query rows."""
-
-    def cost(count: int) -> int:
-        return triton.cdiv(tiles * count, slots) * (triton.cdiv(keys, count) + START) + (COMBINING if count > 1 else 0)
-
-    return min(range(1, max(keys // LEAST, 1) + 1), key=cost)
+    keys = triton.cdiv(problem.seqlen_k, config.BLOCK_N)
+    return splitting.even_splits(tiles, slots, keys, max(keys // splitting.LEAST_TILES, 1), COMBINING)
 
 
 def candidates(problem: Problem) -> Iterator[Config]:

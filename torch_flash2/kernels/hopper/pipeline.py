@@ -97,7 +97,7 @@ class Buffers(NamedTuple):
 
 class Parted(NamedTuple):
     """Where the keys of a tile of query rows are split among S tasks: S, coded as sizes are, and what these leave for
-    splitting.combine, fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S]."""
+    splitting.combine_rows, fp32: out [B * H * M, S, Dv] and lse in log2 units [B * H * M, S]."""
 
     count: Any
     out: Any

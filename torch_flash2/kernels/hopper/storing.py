@@ -45,7 +45,7 @@ def totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS:
     lse2 = row_max + _log2(total)
     if rule.splits is None:
         lse = gl.where(none, -float("inf"), lse2 * scores.LN2)
-        lse_at = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
+        lse_at = first_row(task, rule)
         gl.store(rule.lse + lse_at + at, lse, mask=at < task.stored)
     else:
         split_at = lse2_of_split(at, task, rule, 64 * SHAPE.GROUPS)
@@ -54,11 +54,16 @@ def totals(base, sums, task, rule, WG: gl.constexpr, SHAPE: gl.constexpr, STEPS:
 
 
 @gluon.jit
+def first_row(task, rule):
+    """The number of a task's segment's first row among those of all batch entries and heads."""
+    return gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
+
+
+@gluon.jit
 def lse2_of_split(m, task, rule, BLOCK_M: gl.constexpr):
     """Where a split leaves the lse of a task's rows m, in log2 units."""
     split, _, count = split_of(task.index, rule.spans, rule.sizes, rule.splits, BLOCK_M)
-    first = gl.cast(task.batch_q * rule.sizes.H + task.h, gl.int64) * rule.sizes.M + task.start_q
-    return rule.splits.lse2 + ((first + m) * count + split)
+    return rule.splits.lse2 + ((first_row(task, rule) + m) * count + split)
 
 
 @gluon.jit

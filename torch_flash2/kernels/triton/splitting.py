@@ -203,7 +203,7 @@ def choose(problem: Problem, work: Work, keys: int) -> Splits:
     count = triton.cdiv(reach, work.keys)
     most = min(MOST_SPLITS, max(count // LEAST_TILES, 1))
     if "used_k" not in problem.lengths:
-        return Splits(coded(_even_splits(grid, slots, count, most)), coded(LEAST_TILES))
+        return Splits(coded(even_splits(grid, slots, count, most)), coded(LEAST_TILES))
     # Many short splits even out what lengths differ, and each costs a start and an end.
     part = 2 * work.rows * problem.head_dim_v * 4
     start = START_TILES + part / work.tile_bytes
@@ -218,13 +218,15 @@ def choose(problem: Problem, work: Work, keys: int) -> Splits:
     return Splits(coded(most), coded(LEAST_TILES), coded(wanted), coded(reach))
 
 
-def _even_splits(programs: int, slots: int, count: int, most: int) -> int:
-    """How many splits of segments of `count` tiles fill the slots best."""
+@functools.lru_cache(maxsize=4096)
+def even_splits(programs: int, slots: int, count: int, most: int, combining: int = START_TILES) -> int:
+    """How many splits of segments of `count` tiles fill the slots best; `combining` is what the second kernel takes, in
+    tiles."""
 
     def cost(splits: int) -> int:
         # In tiles of one program: its keys, its start and end, and the second kernel.
         waves = triton.cdiv(programs * splits, slots)
-        return waves * (triton.cdiv(count, splits) + START_TILES) + (START_TILES if splits > 1 else 0)
+        return waves * (triton.cdiv(count, splits) + START_TILES) + (combining if splits > 1 else 0)
 
     return min(range(1, most + 1), key=cost)
 
