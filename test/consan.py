@@ -68,6 +68,9 @@ CALLS = {
     "128-alibi": Checked(_case(128, alibi=1)),
     "128-softcap-sinks": Checked(_case(128, softcap=20.0, sinks=True)),
     "128-splits": Checked(_case(128, "causal @ bottom-right", seqlen_q=130, seqlen_k=3000), programs=132),
+    "128-heads": Checked(
+        _case(128, "causal @ bottom-right", batch=3, heads=8, heads_kv=2, seqlen_q=30, sinks=True), {"GROUPS": 2}
+    ),
     "192-causal": Checked(_case(192)),
     "256-full": Checked(_case(256, "full")),
     "256-causal": Checked(_case(256)),

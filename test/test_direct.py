@@ -374,3 +374,53 @@ def test_kernels_that_write_all_are_spared_the_fill(log: list[Any]) -> None:
     with dispatch.unfilled(plan("hopper", False)):
         seen.append(switch.fill_uninitialized_memory)
     assert seen == [False, False, True, True, True]
+
+
+def test_zeros_of_graphs_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    launching = pytest.importorskip("torch_flash2.kernels.triton.launching")
+    device = torch.device("cpu")
+    monkeypatch.setitem(launching._reserved, device, torch.zeros(200, dtype=torch.int32))
+    first, second = (launching._take(device, size) for size in (5, 40))
+    assert (first.numel(), second.numel()) == (5, 40)
+    assert second.data_ptr() - first.data_ptr() == 128
+    assert launching._take(device, 105) is None
+    assert launching._take(device, 104) is not None
+    assert launching._take(device, 1) is None
+    monkeypatch.setitem(launching._reserved, device, torch.zeros(1 << 17, dtype=torch.int32))
+    assert launching._take(device, launching.LARGEST + 1) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_side_by_side() -> None:
+    """Two graphs that were captured on one stream, with calls whose kernels count tasks and note NaN, are replayed on
+    two: each has its own counters and leaves zeros."""
+    from torch_flash2.kernels.triton import launching
+
+    sizes = [(1, 8, 700, 700, "causal"), (1, 2, 600, 3000, "causal @ bottom-right"), (2, 24, 900, 900, None)]
+    calls = [
+        (*(torch.randn(B, H, n, 64, device="cuda", dtype=torch.bfloat16) for n in (M, N, N)), mask)
+        for B, H, M, N, mask in sizes
+    ]
+    wanted = [attention(*call) for call in calls for _ in range(2)][::2]
+    torch.cuda.synchronize()
+    before = launching._reserved[calls[0][0].device]
+    graphs, found = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found.append([attention(*call) for call in calls])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(30):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for outs in found:
+        for out, want in zip(outs, wanted, strict=True):
+            torch.testing.assert_close(out, want, rtol=0, atol=0)
+    taken = before[: before.numel() - launching._reserved[calls[0][0].device].numel()]
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert taken.numel() >= 6 * 32
+    assert not taken.any()

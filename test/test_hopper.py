@@ -39,14 +39,15 @@ WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
 FEW = 12
 
 
-def compiled(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1) -> Any:
-    """The kernel of a call, its keys in so many splits."""
+def compiled(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1, heads: int = 1) -> Any:
+    """The kernel of a call, its keys in so many splits, so many heads to a tile."""
     from torch_flash2.kernels.hopper import forward
 
     changes = dict(FEATURES[feature])
     segments = len(changes.get("documents", (1,)))
     case = Case("x", segments, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
-    with mock.patch.object(forward, "key_splits", lambda *_: splits):
+    ways = {"key_splits": lambda *_: splits, "packed": lambda *_: heads}
+    with mock.patch.multiple(forward, **ways):
         posed, kernels = compile_all.compile_case(case, "forward", "sm90", "hopper")
     (kernel,) = (kernel for kernel in kernels if kernel.name == "attention_forward")
     assert posed.hardware.shared_memory >= kernel.metadata.shared
@@ -136,8 +137,8 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
     hold_main_loop(width, feature, seqlen)
 
 
-def hold_main_loop(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1) -> None:
-    kernel = compiled(width, feature, seqlen, splits)
+def hold_main_loop(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1, heads: int = 1) -> None:
+    kernel = compiled(width, feature, seqlen, splits, heads)
     config = kernel_config(width, feature, seqlen)
     # Depth of Q K^T in steps of 16, and of P V for each tile of columns.
     columns = -(-width[0] // config.WIDTH_D) * config.WIDTH_D
@@ -408,11 +409,13 @@ def test_nothing_leaks_from_behind_a_mask(mask: str, dim: int) -> None:
     hold_leaks(mask, (2, 4, 500, dim), 600, 200)
 
 
-def hold_leaks(mask: str, shape: tuple[int, int, int, int], N: int, at: int) -> None:
-    """What is wrong with keys at, at + 1 and at + 2 is so in the rows alone that see them; shape is the query's."""
+def hold_leaks(mask: str, shape: tuple[int, int, int, int], N: int, at: int, group: int = 1) -> None:
+    """What is wrong with keys at, at + 1 and at + 2 is so in the rows alone that see them; shape is the query's with a
+    head for each of the key's."""
     torch.manual_seed(0)
     B, H, M, dim = shape
-    q, k, v = (torch.randn(B, H, n, dim, device="cuda", dtype=torch.bfloat16) for n in (M, N, N))
+    heads = ((H * group, M), (H, N), (H, N))
+    q, k, v = (torch.randn(B, h, n, dim, device="cuda", dtype=torch.bfloat16) for h, n in heads)
     with torch_flash2.force("hopper"):
         clean = torch_flash2.attention(q, k, v, mask)
         v[:, :, at] = float("nan")

@@ -53,10 +53,10 @@ def why_not(problem: Problem) -> Iterator[str]:
         yield "the call has more tiles than its counter can count"
 
 
-def descriptor(tensor: torch.Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """How TMA sees a tensor [B, H, M, D] in tiles of rows x cols."""
+def descriptor(tensor: torch.Tensor, rows: int, cols: int, heads: int = 1) -> TensorDescriptor:
+    """How TMA sees a tensor [B, H, M, D] in tiles of rows x cols, of so many heads."""
     layout = gl.NVMMASharedLayout(min(cols * 2, 128), 16, 4)
-    return TensorDescriptor(tensor, list(tensor.shape), launching.tma_strides(tensor), [1, 1, rows, cols], layout)
+    return TensorDescriptor(tensor, list(tensor.shape), launching.tma_strides(tensor), [1, heads, rows, cols], layout)
 
 
 def order(problem: Problem, call: Call, rows: int) -> tuple[int, int]:

@@ -40,12 +40,9 @@ def _load(rows, r, c, limit, L: gl.constexpr):
 
 
 @gluon.jit
-def attend_carefully(
-    first, task, steps, rule, plain, BOTTOM_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STEPS: gl.constexpr,
-):  # fmt: skip
-    """Store out for 64 rows from row `first` of a task's segment, or what its split leaves of it; their lse is known.
-    `steps` are prepared operands."""
+def attend_carefully(first, h, task, steps, rule, plain, SHAPE: gl.constexpr, STEPS: gl.constexpr):
+    """Store out for a warpgroup's rows of head h, from row `first` of a task's segment, or what its split leaves of it;
+    their lse is known. `steps` are prepared operands."""
     M: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8])
     LEFT_OPERAND: gl.constexpr = gl.DotOperandLayout(0, M, 2)
     RIGHT_OPERAND: gl.constexpr = gl.DotOperandLayout(1, M, 2)
@@ -53,28 +50,32 @@ def attend_carefully(
     KEYS: gl.constexpr = STEPS.KEYS
     N16: gl.constexpr = KEYS_AT_ONCE
     WIDE: gl.constexpr = COLUMNS
-    group_head = task.h // rule.sizes.group
-    q = Rows(plain.q, task.batch_q, task.h, task.start_q)
+    ROWS_OF_HEAD: gl.constexpr = 64 // SHAPE.PACKED
+    BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
+    group_head = h // rule.sizes.group
+    # Rows after them are another warpgroup's.
+    limit = gl.minimum(task.stored, first + ROWS_OF_HEAD)
+    q = Rows(plain.q, task.batch_q, h, task.start_q)
     k = Rows(plain.k, task.batch_k, group_head, task.start_k)
     v = Rows(plain.v, task.batch_k, group_head, task.start_k)
     if rule.splits is None:
-        out = Rows(plain.out, task.batch_q, task.h, task.start_q)
+        out = Rows(plain.out, task.batch_q, h, task.start_q)
     else:
-        out = rows_of_split(task, rule, plain.out.cols, BLOCK_M)
+        out = rows_of_split(task, h, rule, plain.out.cols, SHAPE)
     DTYPE: gl.constexpr = plain.q.ptr.dtype.element_ty
     ROWS: gl.constexpr = gl.SliceLayout(1, M)
-    shift = task.used_k - task.used_q if BOTTOM_RIGHT else task.used_k * 0
+    shift = task.used_k - task.used_q if SHAPE.BOTTOM_RIGHT else task.used_k * 0
     m = first + gl.arange(0, 64, layout=ROWS)
     lo, hi = bands.intersect(
         gl.minimum(m, task.used_q - 1), task.used_k, task.used_q, task.used_k, shift, rule.rules.numbers, KEYS
     )
     hi = gl.where(m < task.used_q, hi, lo)
     if rule.splits is None:
-        lse_at = first_row(task, rule)
-        lse = gl.load(rule.lse + lse_at + m, mask=m < task.stored, other=0.0)
+        lse_at = first_row(task, h, rule)
+        lse = gl.load(rule.lse + lse_at + m, mask=m < limit, other=0.0)
         lse2 = gl.where(lse == -float("inf"), float("inf"), lse * scores.LOG2E)
     else:
-        lse2 = gl.load(lse2_of_split(m, task, rule, BLOCK_M), mask=m < task.stored, other=0.0)
+        lse2 = gl.load(lse2_of_split(m, task, h, rule, SHAPE), mask=m < limit, other=0.0)
         lse2 = gl.where(lse2 == -float("inf"), float("inf"), lse2)
     start = task.top - (task.count - 1) * BLOCK_N
     stop = gl.minimum(task.top + BLOCK_N, task.used_k)
@@ -98,9 +99,7 @@ def attend_carefully(
                 s = scores.apply(s * rule.scoring.first, steps, at, n, at + shift - n, visible, STEPS)
             p = gl.exp2(gl.where(visible, s, -float("inf")) * rule.scoring.scale2 - lse2[:, None])
             if rule.operands.seed is not None:
-                dropout = Dropout(
-                    philox.load_key(rule.operands.seed), task.b, task.h, philox.threshold_of(rule.scoring)
-                )
+                dropout = Dropout(philox.load_key(rule.operands.seed), task.b, h, philox.threshold_of(rule.scoring))
                 p = gl.where(philox.keep_elements(dropout, m[:, None], n), p, 0.0)
             rows = (n0 + gl.arange(0, N16, layout=gl.SliceLayout(1, TALL)))[:, None]
             columns = (column + gl.arange(0, WIDE, layout=gl.SliceLayout(0, TALL)))[None, :]
@@ -112,4 +111,4 @@ def attend_carefully(
         c = (column + gl.arange(0, WIDE, layout=gl.SliceLayout(0, M)))[None, :]
         tile = gl.where(taint > 0, float("nan"), acc * rule.scoring.inverse_keep)
         at = tiles.base_of(out, 0) + (m.to(gl.int64)[:, None] * out.x.row + c.to(gl.int64) * out.x.col)
-        gl.store(at, tile.to(at.dtype.element_ty), mask=(m < task.stored)[:, None] & (c < plain.out.cols))
+        gl.store(at, tile.to(at.dtype.element_ty), mask=(m < limit)[:, None] & (c < plain.out.cols))

@@ -7,7 +7,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .pipeline import TASKS, Far, Task, all_tasks, free_task, get_task, load_tiles, put_task, query_task, ring_at
+from .pipeline import (
+    TASKS,
+    Far,
+    Task,
+    all_tasks,
+    free_task,
+    get_task,
+    load_tiles,
+    put_task,
+    query_task,
+    ring_at,
+    rows_of,
+)
 from .storing import leave_nothing
 
 
@@ -15,8 +27,7 @@ from .storing import leave_nothing
 def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """The scheduler warp: claim tasks when the producer asks, and hand them on. It is not the producer itself, because
     what a task is takes about as long to work out as a tile of keys."""
-    BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
-    total = all_tasks(rule, BLOCK_M)
+    total = all_tasks(rule, SHAPE)
     index = gl.program_id(0)
     done = 0
     far = None
@@ -24,8 +35,8 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
         far = Far(rule.norms, rule.operands.steps, rule.scoring.scale)
     while index < total:
         task = query_task(
-            index, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS, 1,
-            SHAPE.SPARES, far, rule.splits,
+            index, order, rule.spans, rule.sizes, rule.rules, rows_of(SHAPE), SHAPE.BLOCK_N, SHAPE.BOTTOM_RIGHT, STEPS,
+            1, SHAPE.SPARES, far, rule.splits, SHAPE.PACKED,
         )  # fmt: skip
         if task.count > 0:
             put_task(buffers.tasks, done, task)
@@ -36,12 +47,13 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
             mbarrier.wait(buffers.ask.index(asked % TASKS), (asked // TASKS) & 1, pred=done >= ahead)
             done += 1
         elif rule.splits is not None:
-            leave_nothing(task, rule, BLOCK_M)
+            leave_nothing(task, rule, SHAPE)
         index = gl.num_programs(0) + gl.atomic_add(counter, 1)
     zero = done * 0
+    # No more tasks; its one key needs no mask, which a warpgroup's last turn would work out.
     put_task(
         buffers.tasks, done,
-        Task(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero),
+        Task(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero + 1, zero),
     )  # fmt: skip
     # The last program to end leaves the counters as it found them, for the next launch on this stream.
     if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
@@ -97,8 +109,8 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
                 fence_async_shared()
             mbarrier.expect(buffers.q.filled.index(place), BYTES_Q)
             load_tiles(
-                inputs.q, task.start_q, task.batch_q, task.h, task.row + w * 64, buffers.q.filled.index(place),
-                buffers.q.data, place * CHUNKS_D, SHAPE.WIDTH_D, CHUNKS_D,
+                inputs.q, task.start_q, task.batch_q, task.h, task.row + w * (64 // SHAPE.PACKED),
+                buffers.q.filled.index(place), buffers.q.data, place * CHUNKS_D, SHAPE.WIDTH_D, CHUNKS_D,
             )  # fmt: skip
         # Asking earlier would share out the work less evenly.
         asking = gl.maximum(task.count - AHEAD, 0)

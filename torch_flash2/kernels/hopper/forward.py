@@ -55,7 +55,7 @@ def rather_not(problem: Problem) -> Iterator[str]:
     few = 2 * _tiles(problem, 2) < problem.hardware.multiprocessors
     if few and key_splits(problem, config(problem)) > 1:
         return
-    if problem.seqlen_q <= 64:
+    if problem.seqlen_q * packed(problem, 2) <= 64:
         yield "with 64 query rows or fewer half of its tiles would be empty"
     elif few:
         yield "its tiles of 128 query rows would keep less than half of the GPU busy, and its keys are too few to split"
@@ -83,9 +83,23 @@ def config(problem: Problem) -> Config:
     return Config(**max(rows, key=lambda row: (row["step"] is not None, row["seqlen_k"]))["config"])
 
 
+def packed(problem: Problem, groups: int) -> int:
+    """How many query heads of a group share a tile. Of up to 64 rows a tile has several heads' where there are fewer
+    tiles then: they read the same keys. Not with what differs from head to head inside a loop."""
+    if problem.seqlen_q > 64 or problem.packed_q or problem.dropout or "alibi" in problem.steps:
+        return 1
+    fitting = (heads for heads in (1, 2, 4, 8) if problem.group % heads == 0)
+    return min(fitting, key=lambda heads: _tiles_of(problem, groups, heads))
+
+
+def _tiles_of(problem: Problem, groups: int, heads: int) -> int:
+    """Tiles of query rows, of documents that are not packed, where so many heads share each."""
+    return problem.batch * problem.heads // heads * triton.cdiv(problem.seqlen_q, 64 * groups // heads)
+
+
 def _tiles(problem: Problem, groups: int) -> int:
     """Tiles of query rows, of documents that are not packed."""
-    return problem.batch * problem.heads * triton.cdiv(problem.seqlen_q, 64 * groups)
+    return _tiles_of(problem, groups, packed(problem, groups))
 
 
 def _tiles_each(problem: Problem, groups: int) -> float:
@@ -177,7 +191,14 @@ def shape(problem: Problem, config: Config) -> Shape:
         and config.BLOCK_N < 64 * config.GROUPS == 128
         and bool(problem.mask.bands),
         LIMITS[problem.dtype] if tilted or max(problem.head_dim, problem.head_dim_v) > 64 else None,
+        packed(problem, config.GROUPS),
     )
+
+
+def _order(problem: Problem, config: Config, call: Call) -> tuple[int, int]:
+    heads = packed(problem, config.GROUPS)
+    together, kept = order(problem, call, 64 * config.GROUPS // heads)
+    return max(together // heads, 1), kept
 
 
 def _count(problem: Problem, config: Config, call: Call) -> int:
@@ -187,7 +208,9 @@ def _count(problem: Problem, config: Config, call: Call) -> int:
 
 def _grid(problem: Problem, config: Config, call: Call) -> tuple[int, int]:
     """Programs of a launch, and tasks that they share."""
-    tiles = launching.programs(call.cu_q, problem.batch, problem.heads, call.query.shape[2], 64 * config.GROUPS)
+    heads = packed(problem, config.GROUPS)
+    rows = 64 * config.GROUPS // heads
+    tiles = launching.programs(call.cu_q, problem.batch, problem.heads // heads, call.query.shape[2], rows)
     tasks = tiles * _count(problem, config, call)
     return min(tasks, problem.hardware.multiprocessors), tasks
 
@@ -211,10 +234,10 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
         # Sinks join the denominator where splits are combined.
         operands = operands._replace(sinks=None)
     arguments: tuple[Any, ...] = (
-        descriptor(call.query, 64, config.WIDTH_D),
+        descriptor(call.query, 64 // numbers.PACKED, config.WIDTH_D, numbers.PACKED),
         descriptor(call.key, config.BLOCK_N, config.WIDTH_D),
         descriptor(call.value, config.BLOCK_N, config.WIDTH_V),
-        descriptor(out, 64, numbers.WIDTH_OUT),
+        descriptor(out, 64 // numbers.PACKED, numbers.WIDTH_OUT, numbers.PACKED),
         Plain(*map(Strided.of, (call.query, call.key, call.value, out))),
         lse,
         Aside(
@@ -223,7 +246,7 @@ def launch(problem: Problem, config: Config, call: Call) -> tuple[torch.Tensor, 
             reach.norms(problem, call) if reach.pays(problem, numbers.TILTED) else None,
             None if splits is None else Parted(splits.count, splits.out, splits.lse2),
         ),
-        tuple(map(coded, order(problem, call, 64 * config.GROUPS))),
+        tuple(map(coded, _order(problem, config, call))),
         spans,
         sizes,
         rules,

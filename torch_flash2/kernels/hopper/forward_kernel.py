@@ -33,6 +33,7 @@ from .pipeline import (
     Rule,
     all_tasks,
     barriers,
+    count_of,
     forget,
     forget_ring,
     free_task,
@@ -45,6 +46,7 @@ from .pipeline import (
     read_task,
     ring_at,
     ring_barriers,
+    rows_of,
     steps_of,
     take_turn,
     task_ring,
@@ -126,7 +128,7 @@ def _finish(acc, weight, index, rule, inputs, buffers, WG: gl.constexpr, SHAPE: 
     task = read_task(buffers.tasks, index, 4)
     if rule.flags is not None:
         # NaN here may come from a value that no row of the tile sees: `_repair` looks again.
-        place = WG * all_tasks(rule, 64 * SHAPE.GROUPS) + task.index
+        place = WG * all_tasks(rule, SHAPE) + task.index
         for c in gl.static_range(CHUNKS_V):
             note_nan(acc[c], rule.flags, place)
     store(acc, weight, task, rule, inputs, buffers, WG, SHAPE)
@@ -330,34 +332,12 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
     STAGES: gl.constexpr = SHAPE.STAGES
     DTYPE: gl.constexpr = inputs.v.dtype
     SPARES: gl.constexpr = SHAPE.SPARES and WG == 0
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    # Before the first task P is 0, and nothing is made of accumulators.
-    p = gl.full([64, BLOCK_N], 0.0, gl.float32, S)
-    base = gl.max(gl.max(gl.reshape(p, [64, BLOCK_N // 8, 4, 2]), 3), 1)
-    L: gl.constexpr = base.type.layout
-    sums = gl.full([64, 4], 0.0, gl.float32, L)
-    decay = gl.full([64, 4], 1.0, gl.float32, L)
-    p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
-    acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
     begun = gl.to_tensor(0)  # tasks whose first Q K^T is issued
     used = gl.to_tensor(0)  # tiles of keys whose Q K^T is issued, or that are left out
-    going = gl.to_tensor(1)  # 0 after the last task
-    while going > 0:
-        stage_v, phase_v = ring_at(used - 1, STAGES)
-        p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
-        acc = _scale_all(acc, decay, SHAPE)
-        mbarrier.wait(buffers.v.filled.index(stage_v), phase_v, pred=begun > 0)
-        acc = landed(_weight_value(p16, buffers, stage_v, acc, True, SHAPE), 0)
-        if begun > 0:
-            mbarrier.arrive(buffers.v.free.index(stage_v))
-            last = read_task(buffers.tasks, begun - 1, 4)
-            weight = totals(base, sums, last, rule, WG, SHAPE, STEPS)
-            _finish(acc, weight, begun - 1, rule, inputs, buffers, WG, SHAPE)
-        acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
-        task = get_task(buffers.tasks, begun, 4)
+    while count_of(buffers.tasks, begun) > 0:
+        task = read_task(buffers.tasks, begun, 4)
         steps = steps_of(task.h, task, rule, STEPS)
         draw = dropping.begin(task, rule, WG)
-        going = task.count
         left = task.count - 1  # tiles of the task whose Q K^T is not issued
         n0 = task.top
         place = task.row + shift(task, SHAPE)
@@ -368,21 +348,22 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
             used += spared
             left -= spared
             n0 -= spared * BLOCK_N
-        mbarrier.wait(buffers.q.filled.index(WG), begun & 1, pred=going > 0)
+        mbarrier.wait(buffers.q.filled.index(WG), begun & 1)
         held = _hold(buffers, 0, WG, SHAPE)
         stage, phase = ring_at(used, STAGES)
-        mbarrier.wait(buffers.k.filled.index(stage), phase, pred=going > 0)
+        mbarrier.wait(buffers.k.filled.index(stage), phase)
         s = warpgroup_mma_wait(0, (_query_key(buffers, 0, stage, held, WG, SHAPE),))
-        mbarrier.arrive(buffers.k.free.index(stage), pred=going > 0)
+        mbarrier.arrive(buffers.k.free.index(stage))
         if left == 0:
             mbarrier.arrive(buffers.q.free.index(WG))
         s = scores_of(s, n0, place, steps, rule, WG, SHAPE, STEPS)
         if (n0 < full_start) | (n0 >= full_stop):
             s = masked(s, n0, begun, rule, buffers, WG, SHAPE, STEPS)
         base = row_maxima(s, n0, place, steps, rule, SHAPE, STEPS)
-        sums = gl.full([64, 4], 0.0, gl.float32, L)
+        sums = gl.full([64, 4], 0.0, gl.float32, base.type.layout)
         p, base, sums, decay = softmax(s, n0, place, steps, draw, base, sums, rule, SHAPE, STEPS)
         p = p if SHAPE.LATE else operand(p, SHAPE.WIDTH_V, DTYPE)
+        acc = zeros(SHAPE.WIDTH_V, SHAPE.CHUNKS_V)
         if SPARES:
             _pass_over(buffers.v, used - spared, spared, SHAPE)
         used += 1
@@ -405,6 +386,15 @@ def _consume_one(WG: gl.constexpr, inputs, buffers, rule, SHAPE: gl.constexpr, S
                 left, state, n0, left, used, 0, held, place, steps, draw, masks, rule, buffers, WG, SHAPE, STEPS
             )
         p, acc, base, sums, decay = state
+        stage_v, phase_v = ring_at(used - 1, STAGES)
+        p16 = operand(p, SHAPE.WIDTH_V, DTYPE) if SHAPE.LATE else p
+        acc = _scale_all(acc, decay, SHAPE)
+        mbarrier.wait(buffers.v.filled.index(stage_v), phase_v)
+        acc = landed(_weight_value(p16, buffers, stage_v, acc, True, SHAPE), 0)
+        mbarrier.arrive(buffers.v.free.index(stage_v))
+        last = read_task(buffers.tasks, begun, 4)
+        weight = totals(base, sums, last, rule, WG, SHAPE, STEPS)
+        _finish(acc, weight, begun, rule, inputs, buffers, WG, SHAPE)
         begun += 1
     compat.stores_landed()
 
@@ -427,7 +417,9 @@ def attention_forward(
     GROUPS: gl.constexpr = SHAPE.GROUPS
     DTYPE: gl.constexpr = q.dtype
     Q_TILES: gl.constexpr = SHAPE.Q_STAGES * GROUPS * SHAPE.CHUNKS_D
-    q_data = gl.allocate_shared_memory(DTYPE, [Q_TILES, 1, 1, 64, SHAPE.WIDTH_D], matrix(SHAPE.WIDTH_D, 4))
+    q_data = gl.allocate_shared_memory(
+        DTYPE, [Q_TILES, 1, SHAPE.PACKED, 64 // SHAPE.PACKED, SHAPE.WIDTH_D], matrix(SHAPE.WIDTH_D, 4)
+    )
     k_data = gl.allocate_shared_memory(
         DTYPE, [SHAPE.STAGES * SHAPE.CHUNKS_D, 1, 1, SHAPE.BLOCK_N, SHAPE.WIDTH_D], matrix(SHAPE.WIDTH_D, 4)
     )
@@ -489,21 +481,20 @@ def attention_forward(
 def _repair(inputs, rule, order, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """Attend again where a warpgroup of this program found NaN. It comes last, because registers that it needs would be
     spilled in the main loops."""
-    BLOCK_M: gl.constexpr = 64 * SHAPE.GROUPS
+    ROWS: gl.constexpr = 64 // SHAPE.PACKED
     program = gl.program_id(0)
     if gl.load(rule.flags + program) != 0:
-        total = all_tasks(rule, BLOCK_M)
+        total = all_tasks(rule, SHAPE)
         places = rule.flags + gl.num_programs(0)
         for place in range(0, total * SHAPE.GROUPS):
             if gl.load(places + place) == program + 1:
                 task = query_task(
-                    place % total, order, rule.spans, rule.sizes, rule.rules, BLOCK_M, SHAPE.BLOCK_N,
-                    SHAPE.BOTTOM_RIGHT, STEPS, 4, splits=rule.splits,
+                    place % total, order, rule.spans, rule.sizes, rule.rules, rows_of(SHAPE), SHAPE.BLOCK_N,
+                    SHAPE.BOTTOM_RIGHT, STEPS, 4, splits=rule.splits, PACKED=SHAPE.PACKED,
                 )  # fmt: skip
                 steps = steps_of(task.h, task, rule, STEPS)
-                first = task.row + place // total * 64
-                attend_carefully(
-                    first, task, steps, rule, inputs.plain, SHAPE.BOTTOM_RIGHT, BLOCK_M, SHAPE.BLOCK_N, STEPS
-                )
+                first = task.row + place // total * ROWS
+                for head in range(task.h, task.h + SHAPE.PACKED):
+                    attend_carefully(first, head, task, steps, rule, inputs.plain, SHAPE, STEPS)
                 gl.store(places + place, 0)
         gl.store(rule.flags + program, 0)

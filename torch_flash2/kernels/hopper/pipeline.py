@@ -31,8 +31,9 @@ class Shape(NamedTuple):
     once; whether the bands bound keys on the left; whether the last step is ALiBi and no key after a row's own position
     is seen; alignment; whether warpgroups take turns, whether P waits in fp32 until the next product is issued,
     whether tiles without a mask have a loop of their own, and whether queries are held in registers; whether the first
-    warpgroup leaves out tiles of keys that none of its rows sees; and beyond which sum bases go up to the sums, None
-    where they go up to maxima (weights.py)."""
+    warpgroup leaves out tiles of keys that none of its rows sees; beyond which sum bases go up to the sums, None where
+    they go up to maxima (weights.py); and how many query heads of a group share a tile: the rows of a warpgroup are
+    then as many of each, one head's after the other's."""
 
     GROUPS: int
     BLOCK_N: int
@@ -52,6 +53,7 @@ class Shape(NamedTuple):
     HELD: bool
     SPARES: bool
     LIMIT: float | None
+    PACKED: int = 1
 
 
 class Inputs(NamedTuple):
@@ -152,6 +154,9 @@ class Task(NamedTuple):
     full_start: Any
     full_stop: Any
     spared: Any
+
+
+COUNT_AT = gl.constexpr(Task._fields.index("count"))
 
 
 class Ring(NamedTuple):
@@ -264,6 +269,14 @@ def read_task(ring, index, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def count_of(ring, index):
+    """`count` of the index-th task, once it is handed on (a warpgroup)."""
+    slot, phase = ring_at(index, TASKS)
+    mbarrier.wait(ring.filled.index(slot), phase)
+    return field(ring, slot * 16 + COUNT_AT, 4)
+
+
+@gluon.jit
 def field(ring, at, WARPS: gl.constexpr):
     return gl.max(ring.data.index(at).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
@@ -280,23 +293,47 @@ def steps_of(h, task, rule, STEPS: gl.constexpr):
     return scores.prepare(rule.operands.steps, segment, h, task.start_q, task.start_k, STEPS)
 
 
+@gluon.constexpr_function
+def rows_of(SHAPE):
+    """The query rows of a tile, of each head that shares it."""
+    return 64 * SHAPE.GROUPS // SHAPE.PACKED
+
+
 @gluon.jit
-def tasks_of(spans, sizes, BLOCK_M: gl.constexpr):
-    """How many tiles each head has, and how many heads there are over all batch entries."""
+def row_in_tile(r, WG: gl.constexpr, SHAPE: gl.constexpr):
+    """Which query row of its tile a warpgroup's row r in 0 .. 63 is."""
+    if SHAPE.PACKED == 1:
+        return WG * 64 + r
+    else:
+        return WG * (64 // SHAPE.PACKED) + r % (64 // SHAPE.PACKED)
+
+
+@gluon.jit
+def head_in_tile(r, SHAPE: gl.constexpr):
+    """Which of the heads that share a tile a warpgroup's row r is of."""
+    return r // (64 // SHAPE.PACKED)
+
+
+@gluon.jit
+def tasks_of(spans, sizes, BLOCK_M: gl.constexpr, PACKED: gl.constexpr = 1):
+    """How many tiles each head has, and how many heads there are over all batch entries; those that share tiles are
+    one."""
     heads = sizes.H
+    if PACKED > 1:
+        heads = heads // PACKED
     if spans.cu_q is None:
         heads = heads * sizes.B
     return tiles.tile_count(spans.cu_q, sizes.B, sizes.M, BLOCK_M), heads
 
 
 @gluon.jit
-def split_of(index, spans, sizes, splits, BLOCK_M: gl.constexpr):
+def split_of(index, spans, sizes, splits, BLOCK_M: gl.constexpr, PACKED: gl.constexpr = 1):
     """Which split the index-th task is of, the index of its tile, and how many splits there are; all tiles of one split
     come first. `splits` is Parted or None."""
     split = 0
     count = 1
     if splits is not None:
-        per_head, heads = tasks_of(spans, sizes, BLOCK_M)
+        per_head, heads = tasks_of(spans, sizes, BLOCK_M, PACKED)
         count = tiles.decoded(splits.count)
         split = index // (per_head * heads)
         index = index % (per_head * heads)
@@ -304,9 +341,9 @@ def split_of(index, spans, sizes, splits, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def all_tasks(rule, BLOCK_M: gl.constexpr):
+def all_tasks(rule, SHAPE: gl.constexpr):
     """How many tasks all programs share, those without rows or keys too."""
-    per_head, heads = tasks_of(rule.spans, rule.sizes, BLOCK_M)
+    per_head, heads = tasks_of(rule.spans, rule.sizes, rows_of(SHAPE), SHAPE.PACKED)
     total = per_head * heads
     if rule.splits is not None:
         total *= tiles.decoded(rule.splits.count)
@@ -353,17 +390,21 @@ def _reach(far, head_q, head_k, heads, h, b, row, sizes, BLOCK_M: gl.constexpr, 
 @gluon.jit
 def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                BOTTOM_RIGHT: gl.constexpr, STEPS: gl.constexpr, WARPS: gl.constexpr,
-               SPARES: gl.constexpr = False, far=None, splits=None):  # fmt: skip
+               SPARES: gl.constexpr = False, far=None, splits=None, PACKED: gl.constexpr = 1):  # fmt: skip
     """The index-th task: heads begin with their last tile, the longest under a causal mask. A task without stored rows
     has count 0, a split without keys 0 or less. `far` is a Far where tiles that do not matter are to be left out,
-    `splits` as for `split_of`."""
-    per_head, heads = tasks_of(spans, sizes, BLOCK_M)
-    split, place, parts = split_of(index, spans, sizes, splits, BLOCK_M)
+    `splits` as for `split_of`; PACKED heads share a tile, and a
+    task has the first of them."""
+    per_head, heads = tasks_of(spans, sizes, BLOCK_M, PACKED)
+    split, place, parts = split_of(index, spans, sizes, splits, BLOCK_M, PACKED)
     head, turn = placed(place, per_head, heads, order)
     tile = per_head - 1 - turn
-    h = head % sizes.H
+    of_entry = sizes.H
+    if PACKED > 1:
+        of_entry = of_entry // PACKED
+    h = head % of_entry * PACKED
     if spans.cu_q is None:
-        b = head // sizes.H
+        b = head // of_entry
     else:
         b = tiles.find_segment(spans.cu_q, sizes.B, tile, BLOCK_M)
         tile -= gl.load(spans.cu_q + b) // BLOCK_M + b
@@ -371,7 +412,7 @@ def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N
     batch_k, start_k, _, used_k = tiles.extent(b, spans.cu_k, spans.used_k, sizes.B, sizes.N)
     row = tile * BLOCK_M
     # An arange is a power of two long: rows past the tile repeat its last one.
-    LENGTH: gl.constexpr = 128 if BLOCK_M == 128 else 256
+    LENGTH: gl.constexpr = 128 if BLOCK_M <= 128 else 256
     KEYS: gl.constexpr = STEPS.KEYS
     m = row + gl.minimum(gl.arange(0, LENGTH, layout=gl.BlockedLayout([1], [32], [WARPS], [0])), BLOCK_M - 1)
     shift = used_k - used_q if BOTTOM_RIGHT else used_k * 0
@@ -394,7 +435,7 @@ def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N
         count = gl.minimum(share, count - split * share)
     spared = count * 0
     if SPARES:
-        stop = gl.max(gl.where((m < row + 64) & (lo < hi), hi, 0), 0)
+        stop = gl.max(gl.where((m < row + 64 // PACKED) & (lo < hi), hi, 0), 0)
         spared = gl.minimum(top - gl.maximum(gl.cdiv(stop, BLOCK_N) - 1, 0), count - 1)
         if splits is not None:
             spared = gl.maximum(spared, 0)

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from ..device import bands
 from . import dropping, lanes
-from .pipeline import read_task, steps_of
+from .pipeline import read_task, row_in_tile, steps_of
 
 # The base of a row that has seen no key: below all scores, so that the first one makes it move.
 LOWEST = gl.constexpr(-(2.0**126))
@@ -128,7 +128,7 @@ def masked(s, n0, done, rule, buffers, WG: gl.constexpr, SHAPE: gl.constexpr, ST
     L: gl.constexpr = split.type.layout
     eights, ones = _columns(N, L)
     task = read_task(buffers.tasks, done, 4)
-    m = task.row + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    m = task.row + row_in_tile(gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, L))), WG, SHAPE)
     start = shift(task, SHAPE)
     lo, hi = bands.intersect(
         gl.minimum(m, task.used_q - 1), task.used_k, task.used_q, task.used_k, start, rule.rules.numbers, KEYS

@@ -153,8 +153,9 @@ class Recording:
 
     def _maker(self, value: Any) -> Callable[[list[int], list[Any]], Any] | None:
         """What makes an argument anew from pointers and tensors, inputs first; None for one that stays."""
-        if isinstance(value, torch.Tensor) and launching.are_kept(value):
-            size, device = value.numel(), self._device
+        kept = launching.kept_for(value) if isinstance(value, torch.Tensor) else None
+        if kept is not None:
+            size, device = kept, self._device
             return lambda pointers, tensors: launching.keep_zeros(device, size).data_ptr()
         if isinstance(value, torch.Tensor):
             is_input, index, offset = self._pointer(value)
