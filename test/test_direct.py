@@ -5,6 +5,7 @@ B batch, H query heads, M query rows, N keys, D head dim.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -390,11 +391,32 @@ def test_zeros_of_graphs_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> No
     assert launching._take(device, launching.LARGEST + 1) is None
 
 
+def test_zeros_of_graphs_outlive_their_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph does not keep them alive."""
+    launching = pytest.importorskip("torch_flash2.kernels.triton.launching")
+    device = torch.device("cpu")
+    monkeypatch.setattr(launching, "RESERVE", 256)
+    monkeypatch.setattr(launching, "MOST_RESERVES", 2)
+    monkeypatch.setattr(launching, "_reserved", {})
+    monkeypatch.setattr(launching, "_reserves", collections.defaultdict(list))
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    taken: list[int] = []
+    for _ in range(2):
+        launching._reserve(device)
+        taken.append(launching._take(device, 200).data_ptr())
+    launching._reserve(device)
+    assert launching._take(device, 200) is None
+    gc.collect()
+    assert [reserve.data_ptr() for reserve in launching._reserves[device]] == taken
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
 def test_graphs_side_by_side() -> None:
     """Two graphs that were captured on one stream, with calls whose kernels count tasks and note NaN, are replayed on
-    two: each has its own counters and leaves zeros."""
+    two: each has its own zeros, leaves them as zeros, and has them when those reserved after them are others."""
     from torch_flash2.kernels.triton import launching
 
     sizes = [(1, 8, 700, 700, "causal"), (1, 2, 600, 3000, "causal @ bottom-right"), (2, 24, 900, 900, None)]
@@ -402,15 +424,27 @@ def test_graphs_side_by_side() -> None:
         (*(torch.randn(B, H, n, 64, device="cuda", dtype=torch.bfloat16) for n in (M, N, N)), mask)
         for B, H, M, N, mask in sizes
     ]
-    wanted = [attention(*call) for call in calls for _ in range(2)][::2]
-    torch.cuda.synchronize()
-    before = launching._reserved[calls[0][0].device]
+    device = calls[0][0].device
+    wanted = [attention(*call) for call in calls]
+    for call in calls:
+        attention(*call)
+    start = launching.RESERVE - launching._reserved[device].numel()
     graphs, found = [], []
     for _ in range(2):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             found.append([attention(*call) for call in calls])
         graphs.append(graph)
+    stop = launching.RESERVE - launching._reserved[device].numel()
+    assert stop - start >= 6 * 32
+    number = len(launching._reserves[device])
+    launching._reserved[device] = launching._reserved[device][:0]
+    for call in calls:
+        attention(*call)
+    assert len(launching._reserves[device]) == number + 1
+    # Memory that nobody holds is used again.
+    others = [torch.full((launching.RESERVE,), 7, dtype=torch.int32, device="cuda") for _ in range(64)]
+    torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in graphs]
     for _ in range(30):
         for graph, stream in zip(graphs, streams, strict=True):
@@ -420,7 +454,5 @@ def test_graphs_side_by_side() -> None:
     for outs in found:
         for out, want in zip(outs, wanted, strict=True):
             torch.testing.assert_close(out, want, rtol=0, atol=0)
-    taken = before[: before.numel() - launching._reserved[calls[0][0].device].numel()]
-    if torch.cuda.get_device_capability() == (9, 0):
-        assert taken.numel() >= 6 * 32
-    assert not taken.any()
+    assert not launching._reserves[device][number - 1][start:stop].any()
+    assert all(bool((other == 7).all()) for other in others)

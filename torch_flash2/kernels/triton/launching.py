@@ -105,7 +105,8 @@ RESERVE = 1 << 17
 MOST_RESERVES = 32
 LARGEST = 2048
 _reserved: dict[torch.device, torch.Tensor] = {}
-_reserves: collections.Counter[torch.device] = collections.Counter()
+# All of them, for good: a graph knows addresses alone.
+_reserves: collections.defaultdict[torch.device, list[torch.Tensor]] = collections.defaultdict(list)
 _reserving = threading.Lock()
 
 
@@ -150,13 +151,13 @@ def _reserve(device: torch.device) -> None:
     """See that there are zeros for launches under capture, where none could be made but by a launch of the graph's: a
     fill takes about 1 us of every replay (H200, 2026-11-22)."""
     left = _reserved.get(device)
-    if (left is not None and left.numel() >= RESERVE // 2) or _reserves[device] >= MOST_RESERVES:
+    if (left is not None and left.numel() >= RESERVE // 2) or len(_reserves[device]) >= MOST_RESERVES:
         return
     fresh = torch.zeros(RESERVE, dtype=torch.int32, device=device)
     # A graph may be replayed on another stream.
     torch.cuda.current_stream(device).synchronize()
     with _reserving:
-        _reserves[device] += 1
+        _reserves[device].append(fresh)
         _reserved[device] = fresh
 
 
