@@ -45,7 +45,9 @@ def compiled(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1,
 
     changes = dict(FEATURES[feature])
     segments = len(changes.get("documents", (1,)))
-    case = Case("x", segments, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
+    # So few tiles, or so many, as have splits.
+    many = 2 if splits > 1 else 64
+    case = Case("x", segments, 2 * many, many, seqlen, seqlen, *width, "bf16", **changes)
     ways = {"key_splits": lambda *_: splits, "packed": lambda *_: heads}
     with mock.patch.multiple(forward, **ways):
         posed, kernels = compile_all.compile_case(case, "forward", "sm90", "hopper")
@@ -139,7 +141,7 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
 
 def hold_main_loop(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1, heads: int = 1) -> None:
     kernel = compiled(width, feature, seqlen, splits, heads)
-    config = kernel_config(width, feature, seqlen)
+    config = kernel_config(width, feature, seqlen, 2 if splits > 1 else 64)
     # Depth of Q K^T in steps of 16, and of P V for each tile of columns.
     columns = -(-width[0] // config.WIDTH_D) * config.WIDTH_D
     products = columns // 16 + -(-width[1] // config.WIDTH_V) * config.BLOCK_N // 16
@@ -162,11 +164,11 @@ def forward_config(case: Case) -> Any:
     return forward.config(compile_all.posed(case, "forward", "sm90")[0])
 
 
-def kernel_config(width: tuple[int, int], feature: str, seqlen: int) -> Any:
+def kernel_config(width: tuple[int, int], feature: str, seqlen: int, many: int) -> Any:
     changes = {
         name: FEATURES[feature][name] for name in ("mask", "softcap", "alibi", "dropout_p") if name in FEATURES[feature]
     }
-    case = Case("x", 1, 4, 2, seqlen, seqlen, *width, "bf16", **changes)
+    case = Case("x", 1, 2 * many, many, seqlen, seqlen, *width, "bf16", **changes)
     return forward_config(case)
 
 

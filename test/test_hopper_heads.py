@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 CASES = (
     (4, 16, Case("full", 1, 32, 8, 32, 16384, 128, 128, layout="bshd")),
     (4, 16, Case("causal", 1, 32, 8, 31, 16000, 128, 128, mask="causal @ bottom-right")),
-    (2, 10, Case("two", 1, 16, 4, 50, 5000, 128, 128, "fp16", mask="causal @ bottom-right", sinks=True)),
+    (2, 16, Case("two", 1, 16, 4, 50, 5000, 128, 128, "fp16", mask="causal @ bottom-right", sinks=True)),
     (8, 8, Case("eight", 2, 16, 2, 14, 4096, 64, 64, mask="causal @ bottom-right", sinks=True)),
     (4, 1, Case("unsplit", 48, 16, 4, 30, 700, 128, 128, mask="causal @ bottom-right", sinks=True)),
     (4, 1, Case("top-left", 48, 8, 2, 25, 300, 64, 64, mask="causal", layout="bshd")),
@@ -26,7 +26,7 @@ CASES = (
     (8, 1, Case("wide", 80, 16, 2, 15, 500, 256, 256, "fp16", mask="causal @ bottom-right")),
     (4, 1, Case("latent-prefill", 40, 16, 4, 29, 600, 192, 128, mask="causal @ bottom-right")),
     (2, 21, Case("softcap", 1, 12, 2, 40, 9000, 256, 256, mask="causal @ bottom-right", softcap=30.0)),
-    (4, 4, Case("lengths", 3, 16, 4, 32, 2200, 128, 128, mask="causal @ bottom-right", lengths="padded",
+    (4, 7, Case("lengths", 3, 16, 4, 32, 2200, 128, 128, mask="causal @ bottom-right", lengths="padded",
                 documents=(1.0, 0.4, 0.0), documents_k=(0.3, 1.0, 0.001))),
     (4, 1, Case("chunk", 40, 8, 2, 32, 500, 128, 128, mask="causal & chunk(100) @ bottom-right")),
 )  # fmt: skip

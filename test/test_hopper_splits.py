@@ -46,7 +46,7 @@ def test_cases_are_split(case: Case) -> None:
     [
         Case("busy", 4, 32, 8, 512, 8192, 128, 128),
         Case("nearly", 1, 8, 8, 2048, 8192, 128, 128),
-        Case("few-keys", 1, 4, 4, 300, 700, 128, 128),
+        Case("few-keys", 1, 4, 4, 300, 400, 128, 128),
         Case("window", 1, 4, 4, 300, 9000, 128, 128, mask="window(3000, 0)"),
         Case("packed", 2, 2, 2, 600, 6000, 128, 128, lengths="packed", documents=(0.5, 0.5)),
         Case("odd-columns", 1, 2, 2, 300, 4000, 96, 80),
@@ -70,7 +70,7 @@ def test_few_tiles_with_few_keys_are_refused() -> None:
     expecttest = pytest.importorskip("expecttest")
     from torch_flash2.kernels.hopper import forward
 
-    few = compile_all.posed(Case("few", 1, 4, 4, 300, 700, 128, 128), "forward", "sm90")[0]
+    few = compile_all.posed(Case("few", 1, 4, 4, 300, 400, 128, 128), "forward", "sm90")[0]
     expecttest.assert_expected_inline(
         "; ".join(forward.rather_not(few)),
         """its tiles of 128 query rows would keep less than half of the GPU busy, and its keys are too few to split""",

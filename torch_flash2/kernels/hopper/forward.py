@@ -6,6 +6,7 @@ B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -77,10 +78,15 @@ def config(problem: Problem) -> Config:
         and row["seqlen_k"] <= problem.seqlen_k
         and row.get("seqlen_q", 0) <= problem.seqlen_q
         and row.get("tiles", 0) <= _tiles_each(problem, row["config"]["GROUPS"])
+        and row.get("task_keys", math.inf) >= _task_keys(problem)
     ]
     narrowest = min((row["head_dim"], row["head_dim_v"]) for row in fitting)
     rows = [row for row in fitting if (row["head_dim"], row["head_dim_v"]) == narrowest]
-    return Config(**max(rows, key=lambda row: (row["step"] is not None, row["seqlen_k"]))["config"])
+
+    def rank(row: dict[str, Any]) -> tuple[bool, float, int]:
+        return row["step"] is not None, -row.get("task_keys", math.inf), row["seqlen_k"]
+
+    return Config(**max(rows, key=rank)["config"])
 
 
 def packed(problem: Problem, groups: int) -> int:
@@ -105,6 +111,13 @@ def _tiles(problem: Problem, groups: int) -> int:
 def _tiles_each(problem: Problem, groups: int) -> float:
     """Tiles of query rows for each multiprocessor."""
     return _tiles(problem, groups) / problem.hardware.multiprocessors
+
+
+def _task_keys(problem: Problem) -> float:
+    """The keys of a task where no multiprocessor has more than one, with keys split evenly; else inf. Such tasks do
+    best where nothing is prepared for a next one."""
+    tiles, slots = _tiles(problem, 2), problem.hardware.multiprocessors
+    return problem.seqlen_k * tiles / slots if tiles <= slots and not problem.packed_q else math.inf
 
 
 def key_splits(problem: Problem, config: Config) -> int:
