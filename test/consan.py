@@ -68,8 +68,12 @@ CALLS = {
     "128-alibi": Checked(_case(128, alibi=1)),
     "128-softcap-sinks": Checked(_case(128, softcap=20.0, sinks=True)),
     "128-splits": Checked(_case(128, "causal @ bottom-right", seqlen_q=130, seqlen_k=3000), programs=132),
-    "128-heads": Checked(
-        _case(128, "causal @ bottom-right", batch=3, heads=8, heads_kv=2, seqlen_q=30, sinks=True), {"GROUPS": 2}
+    "128-heads": Checked(_case(128, "causal @ bottom-right", batch=3, heads=8, heads_kv=2, seqlen_q=30, sinks=True)),
+    # As where no multiprocessor has more than one task.
+    "64-one": Checked(_case(64), {"Q_STAGES": 1, "TURNS": False, "LATE": True, "APART": False, "HELD": False}),
+    "128-one": Checked(_case(128), {"Q_STAGES": 1, "TURNS": False, "LATE": False, "APART": False}),
+    "128-narrow": Checked(
+        _case(128), {"BLOCK_N": 64, "STAGES": 4, "Q_STAGES": 1, "TURNS": False, "LATE": False, "APART": False}
     ),
     "192-causal": Checked(_case(192)),
     "256-full": Checked(_case(256, "full")),

@@ -41,9 +41,9 @@ def schedule(buffers, rule, order, counter, SHAPE: gl.constexpr, STEPS: gl.const
         if task.count > 0:
             put_task(buffers.tasks, done, task)
             # After a long task the next one waits until this one nears its end; short ones follow one another faster
-            # than tasks are worked out, so they are claimed one or two ahead. Of the last ones only the shortest are: who
-            # claims others early has several while some have none (32 heads of 1024 rows, causal: 23 us instead of 30,
-            # H200, 2026-11-22).
+            # than tasks are worked out, so they are claimed one or two ahead. Of the last ones only the shortest are:
+            # who claims others early has several while some have none (32 heads of 1024 rows, causal: 23 us instead of
+            # 30, H200, 2026-11-22).
             ahead = gl.where(task.count > 4, 0, gl.where(task.count > 2, 1, 2))
             ahead = gl.where((task.count > 2) & (index + gl.num_programs(0) >= total), 0, ahead)
             asked = gl.maximum(done - ahead, 0)
