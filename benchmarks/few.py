@@ -1,7 +1,7 @@
 """Few query rows beside many keys, as in chunks of a long prompt or heads shared out among GPUs: `--suite few`.
 
-The time is the GPU's: a CUDA graph of several calls is replayed, since the host would take longer than most of them. No
-masks, so that all peers count the same. It appends to benchmarks/results/<gpu>/few.csv.
+The time is the GPU's: a CUDA graph of several calls is replayed, since the host would take longer than most of them. A
+causal mask only where rows are as many as keys, so that all peers count the same. It appends to benchmarks/results/<gpu>/few.csv.
 
 B batch, H query heads, G key/value heads, M query rows, N keys, D head dim.
 """
@@ -28,6 +28,11 @@ CASES = (
     Case("32-of-16k-h32", 1, 32, 8, 32, 16384, 128, 128, layout="bshd"),
     Case("d64-512-of-4k-h12", 1, 12, 12, 512, 4096, 64, 64, layout="bshd"),
     Case("d256-512-of-8k-h8", 1, 8, 4, 512, 8192, 256, 256, layout="bshd"),
+    Case("512-h32", 1, 32, 32, 512, 512, 128, 128, layout="bshd"),
+    Case("1k-h16-causal", 1, 16, 16, 1024, 1024, 128, 128, mask="causal", layout="bshd"),
+    Case("1k-h32-causal", 1, 32, 8, 1024, 1024, 128, 128, mask="causal", layout="bshd"),
+    Case("2k-h16-causal", 1, 16, 16, 2048, 2048, 128, 128, mask="causal", layout="bshd"),
+    Case("d64-1k-h16-causal", 1, 16, 16, 1024, 1024, 64, 64, mask="causal", layout="bshd"),
 )
 PROVIDERS = ("torch_flash2", "torch_flash2:triton", "fa3", "cudnn", "fa2")
 CALLS = 8
@@ -37,7 +42,7 @@ def run(options: Options) -> None:
     """Every case with every provider, in the same rounds."""
     device = torch.device(options.device)
     table = Table(options.folder / "few.csv", COLUMNS)
-    same: Row = environment(device) | {"suite": "few", "direction": "forward", "dtype": "bf16", "causal": "0"}
+    same: Row = environment(device) | {"suite": "few", "direction": "forward", "dtype": "bf16"}
     for number, case in enumerate(CASES, 1):
         progress("few", number, len(CASES), case.name)
         shape = Shape(case, "forward")
@@ -51,7 +56,8 @@ def run(options: Options) -> None:
             except (providers.RefusedError, ImportError) as error:
                 print(f"{case.name}: not {name}: {error}", flush=True)
         interleave(entries, options.rounds, options.window_ms, device)
-        sizes = {"head_dim": str(case.head_dim), "seqlen": str(case.seqlen_k), "case": case.name}
+        causal = {"causal": str(int(case.mask == "causal"))}
+        sizes = causal | {"head_dim": str(case.head_dim), "seqlen": str(case.seqlen_k), "case": case.name}
         for each in entries:
             ms, low, high = (time / CALLS for time in (each.ms, min(each.times), max(each.times)))
             row = {"provider": each.label, "ms": f"{ms:.4f}", "tflops": f"{each.flops / each.ms / 1e9:.0f}"}
