@@ -1,7 +1,8 @@
 """Few query rows beside many keys, as in chunks of a long prompt or heads shared out among GPUs: `--suite few`.
 
 The time is the GPU's: a CUDA graph of several calls is replayed, since the host would take longer than most of them. A
-causal mask only where rows are as many as keys, so that all peers count the same. It appends to benchmarks/results/<gpu>/few.csv.
+causal mask only where rows are as many as keys, so that all peers count the same. It appends to
+benchmarks/results/<gpu>/few.csv.
 
 B batch, H query heads, G key/value heads, M query rows, N keys, D head dim.
 """
