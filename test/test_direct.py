@@ -6,6 +6,7 @@ B batch, H query heads, M query rows, N keys, D head dim.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
@@ -375,6 +376,23 @@ def test_kernels_that_write_all_are_spared_the_fill(log: list[Any]) -> None:
     with dispatch.unfilled(plan("hopper", False)):
         seen.append(switch.fill_uninitialized_memory)
     assert seen == [False, False, True, True, True]
+
+
+def test_threads_ask_for_zeros_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recorded launch needs is not what another thread's asks for meanwhile."""
+    launching = pytest.importorskip("torch_flash2.kernels.triton.launching")
+    device = torch.device("cpu")
+    monkeypatch.setattr(launching, "_place", lambda device: (device, 0))
+    monkeypatch.setattr(launching, "_reserve", lambda device: None)
+    monkeypatch.setattr(launching, "_kept", {})
+    kept = launching.keep_zeros(device, 100)
+    assert launching.zeros(device, 70) is kept
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(launching.keep_zeros, device, 5).result() is kept
+    assert launching.kept_for(kept) == 100
+    launching.keep_zeros(device, 5)
+    assert launching.kept_for(kept) == 5
+    assert launching.kept_for(torch.zeros(3)) is None
 
 
 def test_zeros_of_graphs_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,9 @@ def attention(
         lengths: packed documents (then query is [1, H, total, D]) or padding, as int32 tensors on the device.
         pages: key and value are paged, [pages, page_size, G, D] and [pages, page_size, G, Dv]; the block table says
             which pages are a segment's, `lengths.used_k` how many keys it has. There is no backward through pages.
-        num_splits: into how many parts a segment's keys are split among programs where there are few query rows; None
-            leaves it to the library. With a number, a segment's result has the same bits whatever else is in its batch
-            and however much room its cache has.
+        num_splits: of up to 16 query rows, into how many parts a segment's keys are split among programs; None leaves
+            it to the library. With a number, a segment's result has the same bits whatever else is in its batch and
+            however much room its cache has. Of more rows keys are then not split.
         return_lse: also return the log-sum-exp.
 
     Returns:

@@ -393,8 +393,8 @@ def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N
                SPARES: gl.constexpr = False, far=None, splits=None, PACKED: gl.constexpr = 1):  # fmt: skip
     """The index-th task: heads begin with their last tile, the longest under a causal mask. A task without stored rows
     has count 0, a split without keys 0 or less. `far` is a Far where tiles that do not matter are to be left out,
-    `splits` as for `split_of`; PACKED heads share a tile, and a
-    task has the first of them."""
+    `splits` as for `split_of`; PACKED heads share a tile, and a task has the first of
+    them."""
     per_head, heads = tasks_of(spans, sizes, BLOCK_M, PACKED)
     split, place, parts = split_of(index, spans, sizes, splits, BLOCK_M, PACKED)
     head, turn = placed(place, per_head, heads, order)

@@ -97,8 +97,8 @@ def _move_cache(error: OSError) -> None:
 
 
 _kept: dict[tuple[torch.device, int], torch.Tensor] = {}
-# How many of those kept launches have asked for since `keep_zeros` was called.
-_asked: dict[tuple[torch.device, int], int] = {}
+# How many of those kept this thread's launches have asked for since it called `keep_zeros`.
+_asked = threading.local()
 # int32 zeros for launches that CUDA graphs hold: each takes its own and keeps it, since graphs may be replayed side by
 # side. This many at a time, at most so often; who needs more than LARGEST is a long launch, to which a fill is nothing.
 RESERVE = 1 << 17
@@ -128,7 +128,7 @@ def _zeros_of(place: tuple[torch.device, int] | None, device: torch.device, size
         found = _take(device, size)
     else:
         found = _kept.get(place)
-        _asked[place] = max(_asked.get(place, 0), size)
+        _asked.most = max(getattr(_asked, "most", 0), size)
     if found is None or found.numel() < size:
         found = torch.zeros(size, dtype=torch.int32, device=device)
     return found
@@ -138,8 +138,7 @@ def keep_zeros(device: torch.device, size: int) -> torch.Tensor:
     """As `zeros`; fresh ones are kept for the calls to come, and some reserved for CUDA graphs. Only eager calls may:
     compiled ones allocate from a pool that is a CUDA graph's own. Under capture nothing is kept."""
     place = _place(device)
-    if place is not None:
-        _asked[place] = 0
+    _asked.most = 0
     found = _zeros_of(place, device, size)
     if place is not None:
         _kept[place] = found
@@ -173,8 +172,9 @@ def _take(device: torch.device, size: int) -> torch.Tensor | None:
 
 
 def kept_for(tensor: torch.Tensor) -> int | None:
-    """How many of a tensor's zeros launches have asked for since `keep_zeros` was called; None if it keeps none."""
-    return next((_asked[place] for place, known in _kept.items() if tensor is known), None)
+    """Of a tensor that keeps zeros, how many this thread's launches have asked for since it called `keep_zeros`; None
+    for others."""
+    return _asked.most if any(tensor is known for known in _kept.values()) else None
 
 
 def say_compiled(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
