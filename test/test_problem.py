@@ -289,8 +289,10 @@ the call has more tiles than its counter can count""",
     )
     many = posed(batch=16)
     assert dispatch.select(many).kernel == "hopper"
+    # Two heads fill a tile.
+    assert dispatch.select(dataclasses.replace(many, batch=64, seqlen_q=64)).kernel == "hopper"
     for few, reason in (
-        (dataclasses.replace(many, seqlen_q=64), "half of its tiles would be empty"),
+        (dataclasses.replace(many, seqlen_q=32), "half of its tiles would be empty"),
         (dataclasses.replace(many, batch=1), "less than half of the GPU busy"),
     ):
         assert dispatch.select(few).kernel == "triton" and reason in str(dispatch.select(few))
