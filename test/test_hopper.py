@@ -39,14 +39,12 @@ WIDTHS = ((64, 64), (128, 128), (192, 128), (256, 256))
 FEW = 12
 
 
-def compiled(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1, heads: int = 1) -> Any:
-    """The kernel of a call, its keys in so many splits, so many heads to a tile."""
+def compiled(width: tuple[int, int], feature: str, seqlen: int, many: int, splits: int, heads: int) -> Any:
+    """The kernel of a call with so many key heads, its keys in so many splits, so many heads to a tile."""
     from torch_flash2.kernels.hopper import forward
 
     changes = dict(FEATURES[feature])
     segments = len(changes.get("documents", (1,)))
-    # So few tiles, or so many, as have splits.
-    many = 2 if splits > 1 else 64
     case = Case("x", segments, 2 * many, many, seqlen, seqlen, *width, "bf16", **changes)
     ways = {"key_splits": lambda *_: splits, "packed": lambda *_: heads}
     with mock.patch.multiple(forward, **ways):
@@ -140,8 +138,10 @@ def test_main_loop(width: tuple[int, int], feature: str, seqlen: int) -> None:
 
 
 def hold_main_loop(width: tuple[int, int], feature: str, seqlen: int, splits: int = 1, heads: int = 1) -> None:
-    kernel = compiled(width, feature, seqlen, splits, heads)
-    config = kernel_config(width, feature, seqlen, 2 if splits > 1 else 64)
+    # So few tiles, or so many, as have splits.
+    many = 2 if splits > 1 else 64
+    kernel = compiled(width, feature, seqlen, many, splits, heads)
+    config = kernel_config(width, feature, seqlen, many)
     # Depth of Q K^T in steps of 16, and of P V for each tile of columns.
     columns = -(-width[0] // config.WIDTH_D) * config.WIDTH_D
     products = columns // 16 + -(-width[1] // config.WIDTH_V) * config.BLOCK_N // 16

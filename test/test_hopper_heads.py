@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import compile_all
 import pytest
-import torch
 from test_hopper import hold_leaks, hold_main_loop, hold_to_math, hopper
+from test_hopper_splits import hold_launches_equal
 
 import torch_flash2
-from torch_flash2 import testing
 from torch_flash2.testing import Case
 
 pytest.importorskip("triton")
@@ -96,11 +95,7 @@ def test_against_math(case: Case) -> None:
 @pytest.mark.parametrize("name", ["causal", "unsplit"])
 def test_launches_are_equal(name: str) -> None:
     (case,) = (case for *_, case in CASES if case.name == name)
-    inputs = case.inputs("cuda")
-    with torch.no_grad():
-        first, *others = (testing.run_attention(inputs) for _ in range(4))
-    for other in others:
-        torch.testing.assert_close(first, other, rtol=0, atol=0)
+    hold_launches_equal(case)
 
 
 @pytest.mark.gpu

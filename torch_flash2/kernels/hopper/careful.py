@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..bundles import Dropout, Rows
 from ..device import bands, philox, scores, tiles
+from .pipeline import own_rows
 from .storing import first_row, lse2_of_split, rows_of_split
 
 COLUMNS = gl.constexpr(32)
@@ -50,11 +51,10 @@ def attend_carefully(first, h, task, steps, rule, plain, SHAPE: gl.constexpr, ST
     KEYS: gl.constexpr = STEPS.KEYS
     N16: gl.constexpr = KEYS_AT_ONCE
     WIDE: gl.constexpr = COLUMNS
-    ROWS_OF_HEAD: gl.constexpr = 64 // SHAPE.PACKED
     BLOCK_N: gl.constexpr = SHAPE.BLOCK_N
     group_head = h // rule.sizes.group
     # Rows after them are another warpgroup's.
-    limit = gl.minimum(task.stored, first + ROWS_OF_HEAD)
+    limit = gl.minimum(task.stored, first + own_rows(SHAPE))
     q = Rows(plain.q, task.batch_q, h, task.start_q)
     k = Rows(plain.k, task.batch_k, group_head, task.start_k)
     v = Rows(plain.v, task.batch_k, group_head, task.start_k)

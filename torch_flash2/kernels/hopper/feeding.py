@@ -15,6 +15,7 @@ from .pipeline import (
     free_task,
     get_task,
     load_tiles,
+    own_rows,
     put_task,
     query_task,
     ring_at,
@@ -112,7 +113,7 @@ def produce(inputs, buffers, rule, SHAPE: gl.constexpr):
                 fence_async_shared()
             mbarrier.expect(buffers.q.filled.index(place), BYTES_Q)
             load_tiles(
-                inputs.q, task.start_q, task.batch_q, task.h, task.row + w * (64 // SHAPE.PACKED),
+                inputs.q, task.start_q, task.batch_q, task.h, task.row + w * own_rows(SHAPE),
                 buffers.q.filled.index(place), buffers.q.data, place * CHUNKS_D, SHAPE.WIDTH_D, CHUNKS_D,
             )  # fmt: skip
         # Asking earlier would share out the work less evenly.

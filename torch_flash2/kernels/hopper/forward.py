@@ -5,6 +5,7 @@ B segments, H query heads, M query rows, N keys, D head dim of query and key, Dv
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def config(problem: Problem) -> Config:
     each multiprocessor: large tiles do not pay where the last ones keep few of the GPU's busy."""
     masked = bool(problem.mask.bands or problem.lengths)
     steps = (*problem.steps, "dropout") if problem.dropout else problem.steps
+    task_keys = _task_keys(problem)
     fitting = [
         row
         for row in calls.table("configs.json")
@@ -78,7 +80,7 @@ def config(problem: Problem) -> Config:
         and row["seqlen_k"] <= problem.seqlen_k
         and row.get("seqlen_q", 0) <= problem.seqlen_q
         and row.get("tiles", 0) <= _tiles_each(problem, row["config"]["GROUPS"])
-        and row.get("task_keys", math.inf) >= _task_keys(problem)
+        and row.get("task_keys", math.inf) >= task_keys
     ]
     narrowest = min((row["head_dim"], row["head_dim_v"]) for row in fitting)
     rows = [row for row in fitting if (row["head_dim"], row["head_dim_v"]) == narrowest]
@@ -94,18 +96,20 @@ def packed(problem: Problem, groups: int) -> int:
     tiles then: they read the same keys. Not with what differs from head to head inside a loop."""
     if problem.seqlen_q > 64 or problem.packed_q or problem.dropout or "alibi" in problem.steps:
         return 1
-    fitting = (heads for heads in (1, 2, 4, 8) if problem.group % heads == 0)
-    return min(fitting, key=lambda heads: _tiles_of(problem, groups, heads))
+    return _sharing(problem.group, problem.seqlen_q, 64 * groups)
 
 
-def _tiles_of(problem: Problem, groups: int, heads: int) -> int:
-    """Tiles of query rows, of documents that are not packed, where so many heads share each."""
-    return problem.batch * problem.heads // heads * triton.cdiv(problem.seqlen_q, 64 * groups // heads)
+@functools.lru_cache
+def _sharing(group: int, seqlen_q: int, rows: int) -> int:
+    """How many heads of a group share tiles of so many rows so that they have the fewest: each launch asks for it."""
+    fitting = (heads for heads in (1, 2, 4, 8) if group % heads == 0)
+    return min(fitting, key=lambda heads: group // heads * triton.cdiv(seqlen_q, rows // heads))
 
 
 def _tiles(problem: Problem, groups: int) -> int:
     """Tiles of query rows, of documents that are not packed."""
-    return _tiles_of(problem, groups, packed(problem, groups))
+    heads = packed(problem, groups)
+    return problem.batch * problem.heads // heads * triton.cdiv(problem.seqlen_q, 64 * groups // heads)
 
 
 def _tiles_each(problem: Problem, groups: int) -> float:

@@ -41,6 +41,7 @@ from .pipeline import (
     landed,
     matrix,
     operand,
+    own_rows,
     pass_turn,
     query_task,
     read_task,
@@ -418,7 +419,7 @@ def attention_forward(
     DTYPE: gl.constexpr = q.dtype
     Q_TILES: gl.constexpr = SHAPE.Q_STAGES * GROUPS * SHAPE.CHUNKS_D
     q_data = gl.allocate_shared_memory(
-        DTYPE, [Q_TILES, 1, SHAPE.PACKED, 64 // SHAPE.PACKED, SHAPE.WIDTH_D], matrix(SHAPE.WIDTH_D, 4)
+        DTYPE, [Q_TILES, 1, SHAPE.PACKED, own_rows(SHAPE), SHAPE.WIDTH_D], matrix(SHAPE.WIDTH_D, 4)
     )
     k_data = gl.allocate_shared_memory(
         DTYPE, [SHAPE.STAGES * SHAPE.CHUNKS_D, 1, 1, SHAPE.BLOCK_N, SHAPE.WIDTH_D], matrix(SHAPE.WIDTH_D, 4)
@@ -481,7 +482,6 @@ def attention_forward(
 def _repair(inputs, rule, order, SHAPE: gl.constexpr, STEPS: gl.constexpr):
     """Attend again where a warpgroup of this program found NaN. It comes last, because registers that it needs would be
     spilled in the main loops."""
-    ROWS: gl.constexpr = 64 // SHAPE.PACKED
     program = gl.program_id(0)
     if gl.load(rule.flags + program) != 0:
         total = all_tasks(rule, SHAPE)
@@ -493,7 +493,7 @@ def _repair(inputs, rule, order, SHAPE: gl.constexpr, STEPS: gl.constexpr):
                     SHAPE.BOTTOM_RIGHT, STEPS, 4, splits=rule.splits, PACKED=SHAPE.PACKED,
                 )  # fmt: skip
                 steps = steps_of(task.h, task, rule, STEPS)
-                first = task.row + place // total * ROWS
+                first = task.row + place // total * own_rows(SHAPE)
                 for head in range(task.h, task.h + SHAPE.PACKED):
                     attend_carefully(first, head, task, steps, rule, inputs.plain, SHAPE, STEPS)
                 gl.store(places + place, 0)

@@ -294,6 +294,12 @@ def steps_of(h, task, rule, STEPS: gl.constexpr):
 
 
 @gluon.constexpr_function
+def own_rows(SHAPE):
+    """The query rows of a warpgroup, of each head that shares its tiles."""
+    return 64 // SHAPE.PACKED
+
+
+@gluon.constexpr_function
 def rows_of(SHAPE):
     """The query rows of a tile, of each head that shares it."""
     return 64 * SHAPE.GROUPS // SHAPE.PACKED
@@ -305,22 +311,20 @@ def row_in_tile(r, WG: gl.constexpr, SHAPE: gl.constexpr):
     if SHAPE.PACKED == 1:
         return WG * 64 + r
     else:
-        return WG * (64 // SHAPE.PACKED) + r % (64 // SHAPE.PACKED)
+        return WG * own_rows(SHAPE) + r % own_rows(SHAPE)
 
 
 @gluon.jit
 def head_in_tile(r, SHAPE: gl.constexpr):
     """Which of the heads that share a tile a warpgroup's row r is of."""
-    return r // (64 // SHAPE.PACKED)
+    return r // own_rows(SHAPE)
 
 
 @gluon.jit
 def tasks_of(spans, sizes, BLOCK_M: gl.constexpr, PACKED: gl.constexpr = 1):
     """How many tiles each head has, and how many heads there are over all batch entries; those that share tiles are
     one."""
-    heads = sizes.H
-    if PACKED > 1:
-        heads = heads // PACKED
+    heads = sizes.H // PACKED
     if spans.cu_q is None:
         heads = heads * sizes.B
     return tiles.tile_count(spans.cu_q, sizes.B, sizes.M, BLOCK_M), heads
@@ -399,9 +403,7 @@ def query_task(index, order, spans, sizes, rules, BLOCK_M: gl.constexpr, BLOCK_N
     split, place, parts = split_of(index, spans, sizes, splits, BLOCK_M, PACKED)
     head, turn = placed(place, per_head, heads, order)
     tile = per_head - 1 - turn
-    of_entry = sizes.H
-    if PACKED > 1:
-        of_entry = of_entry // PACKED
+    of_entry = sizes.H // PACKED
     h = head % of_entry * PACKED
     if spans.cu_q is None:
         b = head // of_entry

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from ..bundles import Rows, Strided
 from ..device import scores, tiles
 from . import compat
-from .pipeline import head_in_tile, matrix, parts, row_in_tile, rows_of, split_of
+from .pipeline import head_in_tile, matrix, own_rows, parts, row_in_tile, rows_of, split_of
 from .scoring import lead
 
 
@@ -114,7 +114,7 @@ def _store_rows(acc, weight, task, rule, inputs, buffers, WG: gl.constexpr, SHAP
     PARTS: gl.constexpr = SHAPE.WIDTH_V // WIDTH
     CHUNKS_V: gl.constexpr = SHAPE.CHUNKS_V
     OUT: gl.constexpr = inputs.out.dtype
-    row = task.row + WG * (64 // SHAPE.PACKED)
+    row = task.row + WG * own_rows(SHAPE)
     for c in gl.static_range(CHUNKS_V):
         tile = acc[c] * weight[:, None]
         if rule.spans.used_q is not None:
@@ -146,7 +146,7 @@ def _store_by_tma(tile, row, chunk, task, inputs, buffers, WG: gl.constexpr, SHA
     compat.store(
         inputs.out,
         [task.batch_q, task.h, task.start_q + row, chunk * WIDTH],
-        compat.view(staging, [1, SHAPE.PACKED, 64 // SHAPE.PACKED, WIDTH], matrix(WIDTH, 4)),
+        compat.view(staging, [1, SHAPE.PACKED, own_rows(SHAPE), WIDTH], matrix(WIDTH, 4)),
     )
 
 
